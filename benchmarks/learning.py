@@ -1,0 +1,194 @@
+"""
+Learning benchmark: our algorithms beside SB3's DQN, each with its own zoo settings.
+
+Every run is one row of ``results/learning.jsonl``: algorithm, environment, seed, settings, the whole learning curve
+and a final evaluation. Runs that are already there, with the same settings, are not repeated:
+
+    python benchmarks/learning.py run --suite classic --jobs 2
+    python benchmarks/learning.py report --suite classic
+"""
+
+import argparse
+import concurrent.futures
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
+DOCS_IMAGES = Path(__file__).parent.parent / "docs" / "_static"
+
+# Environment -> number of steps (those of the zoo's DQN settings)
+SUITES: dict[str, dict[str, Any]] = {
+    "classic": {
+        "algos": ["dqn", "softdqn", "sqn", "mdqn"],
+        "envs": {"CartPole-v1": 50_000, "Acrobot-v1": 100_000, "MountainCar-v0": 120_000, "LunarLander-v3": 100_000},
+        "seeds": 5,
+    },
+    "minatar": {
+        "algos": ["dqn", "mdqn"],
+        "envs": {"MinAtar/Breakout-v1": 100_000},
+        "seeds": 3,
+    },
+}
+N_CURVE_POINTS, N_CURVE_EPISODES, N_FINAL_EPISODES, N_EVAL_ENVS = 20, 20, 100, 20
+
+
+def build(algo: str, env_id: str, seed: int, n_timesteps: int, log_folder: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Create the model exactly as ``rl-zoo3 train`` does, from the YAML of the algorithm."""
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    import sb3_softq.zoo
+
+    sb3_softq.zoo.register()
+    args = argparse.Namespace(algo=algo, env=env_id, seed=seed)
+    manager = ExperimentManager(
+        args,
+        algo,
+        env_id,
+        log_folder,
+        n_timesteps=n_timesteps,
+        eval_freq=-1,
+        seed=seed,
+        verbose=0,
+        device="cpu",
+        hyperparams=DQN_SETTINGS.get(env_id) if algo == "dqn" else None,
+        config=str(Path(sb3_softq.zoo.default_config("mdqn"))) if algo == "dqn" and env_id in DQN_SETTINGS else None,
+    )
+    setup = manager.setup_experiment()
+    assert setup is not None
+    model, settings = setup
+    return manager, model, dict(settings)
+
+
+# The zoo has no DQN settings for MinAtar: DQN gets those of our Munchausen DQN there, less its own parameters.
+DQN_SETTINGS: dict[str, dict[str, Any]] = {}
+
+
+def run_one(algo: str, env_id: str, seed: int, n_timesteps: int) -> dict[str, Any]:
+    import numpy as np
+    import torch as th
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import sync_envs_normalization
+
+    th.set_num_threads(1)
+
+    class Curve(BaseCallback):
+        """Deterministic evaluation at evenly spaced points of the run."""
+
+        def __init__(self, eval_env: Any):
+            super().__init__()
+            self.eval_env = eval_env
+            self.points: list[tuple[int, float]] = []
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps >= (len(self.points) + 1) * n_timesteps // N_CURVE_POINTS:
+                if self.model.get_vec_normalize_env() is not None:
+                    sync_envs_normalization(self.training_env, self.eval_env)
+                mean, _ = evaluate_policy(self.model, self.eval_env, N_CURVE_EPISODES, deterministic=True, warn=False)
+                self.points.append((self.num_timesteps, float(mean)))
+            return True
+
+    with tempfile.TemporaryDirectory() as log_folder:
+        manager, model, settings = build(algo, env_id, seed, n_timesteps, log_folder)
+        eval_env = manager.create_envs(N_EVAL_ENVS, eval_env=True, no_log=True)
+        eval_env.seed(10_000 + seed)
+        curve = Curve(eval_env)
+        start = time.perf_counter()
+        error = None
+        try:
+            model.learn(n_timesteps, callback=curve, log_interval=None)
+        except ValueError as exception:  # a run that diverged is a result too
+            error = f"{type(exception).__name__}: {exception}"
+        seconds = time.perf_counter() - start
+        if model.get_vec_normalize_env() is not None:
+            sync_envs_normalization(model.get_env(), eval_env)
+        returns, _ = evaluate_policy(
+            model, eval_env, N_FINAL_EPISODES, deterministic=True, return_episode_rewards=True, warn=False
+        )
+    row = {
+        "algo": algo,
+        "env": env_id,
+        "seed": seed,
+        "n_timesteps": n_timesteps,
+        "final_mean": float(np.mean(returns)),
+        "final_std": float(np.std(returns)),
+        "train_mean": float(np.mean([info["r"] for info in model.ep_info_buffer])),
+        "curve": curve.points,
+        "seconds": round(seconds, 1),
+        "settings": {key: str(value) for key, value in sorted(settings.items())},
+    }
+    if error is not None:
+        row["error"] = error
+    return row
+
+
+def read_rows() -> list[dict[str, Any]]:
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines() if line.strip()]
+
+
+def settings_of(algo: str, env_id: str) -> dict[str, str]:
+    """What the YAML files say now: a row with other settings is out of date."""
+    with tempfile.TemporaryDirectory() as log_folder:
+        _, model, settings = build(algo, env_id, 0, 1, log_folder)
+        model.env.close()
+    return {key: str(value) for key, value in sorted(settings.items())}
+
+
+def run_suite(name: str, jobs: int, algos: list[str], envs: list[str], seeds: int) -> None:
+    suite = SUITES[name]
+    tasks = []
+    for env_id in envs or suite["envs"]:
+        for algo in algos or suite["algos"]:
+            settings = settings_of(algo, env_id)
+            # Rows of older settings make room for the new ones
+            rows = [row for row in read_rows() if (row["algo"], row["env"]) != (algo, env_id) or row["settings"] == settings]
+            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            done = {row["seed"] for row in rows if (row["algo"], row["env"]) == (algo, env_id)}
+            tasks += [(algo, env_id, seed, suite["envs"][env_id]) for seed in range(seeds or suite["seeds"]) if seed not in done]
+    tasks.sort(key=lambda task: task[2])  # the first seed of everything first
+    print(f"{len(tasks)} runs to do", flush=True)
+
+    def run_in_subprocess(task: tuple) -> None:
+        command = [sys.executable, __file__, "one", *map(str, task)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = result.stdout.strip().splitlines()
+        if result.returncode != 0 or not lines:
+            print(f"{task} failed:\n{result.stderr[-2000:]}", flush=True)
+            return
+        with RESULTS.open("a") as file:
+            file.write(lines[-1] + "\n")
+        row = json.loads(lines[-1])
+        print(f"{task}: {row['final_mean']:.1f} in {row['seconds']} s {row.get('error', '')}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run_in_subprocess, tasks))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("run", "report"):
+        sub = commands.add_parser(command)
+        sub.add_argument("--suite", choices=list(SUITES), default="classic")
+        if command == "run":
+            sub.add_argument("--jobs", type=int, default=2, help="Runs at the same time, one thread each")
+            sub.add_argument("--algos", nargs="*", default=[])
+            sub.add_argument("--envs", nargs="*", default=[])
+            sub.add_argument("--seeds", type=int, default=0)
+    one = commands.add_parser("one", help="One run; prints its row")
+    one.add_argument("algo")
+    one.add_argument("env")
+    one.add_argument("seed", type=int)
+    one.add_argument("n_timesteps", type=int)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run_suite(arguments.suite, arguments.jobs, arguments.algos, arguments.envs, arguments.seeds)
+    elif arguments.command == "one":
+        print(json.dumps(run_one(arguments.algo, arguments.env, arguments.seed, arguments.n_timesteps)))

@@ -1,0 +1,16 @@
+"""Entropy- and KL-regularised reinforcement learning for Stable-Baselines3."""
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_softq.diagnostics import DivergenceError
+from sb3_softq.value_based import SQN, MunchausenDQN, SoftDQN
+from sb3_softq.version import __version__
+
+# rl-zoo3 key -> class
+ALGOS: dict[str, type[BaseAlgorithm]] = {
+    "softdqn": SoftDQN,
+    "sqn": SQN,
+    "mdqn": MunchausenDQN,
+}
+
+__all__ = ["ALGOS", "SQN", "DivergenceError", "MunchausenDQN", "SoftDQN", "__version__"]

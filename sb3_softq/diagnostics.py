@@ -1,0 +1,91 @@
+"""What is measured during training, and the guard that stops a diverging one."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_softq import operators
+
+
+class DivergenceError(ValueError):
+    """
+    A reward, an observation or a loss is not finite.
+
+    Raised before the weights are changed by it, so the model can still be saved. A ``ValueError``, because that is what
+    rl-zoo3's hyperparameter search prunes a trial for.
+    """
+
+
+def check_finite(name: str, values: Any, num_timesteps: int) -> None:
+    """
+    Raise if anything that came from the environments is not finite.
+
+    :param name: what it is
+    :param values: an array, a dict of arrays, or None
+    :param num_timesteps: environment steps so far
+    :raises DivergenceError: if there is a NaN or an infinity
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_finite(f"{name}[{key!r}]", value, num_timesteps)
+    elif values is not None and (values := np.asarray(values)).dtype.kind == "f" and not np.isfinite(values).all():
+        raise DivergenceError(
+            f"{name} of the environment are not finite at step {num_timesteps}: {values[~np.isfinite(values)][:3]}. "
+            "The model was not changed by them; check the environment"
+        )
+
+
+def find_divergence(
+    replay_data: ReplayBufferSamples,
+    targets: th.Tensor,
+    q_values: th.Tensor,
+    loss: th.Tensor,
+    n_updates: int,
+    num_timesteps: int,
+) -> DivergenceError:
+    """
+    The error that names the first quantity of an update that is not finite, in the order in which they are computed.
+
+    :param replay_data: the minibatch
+    :param targets: its targets
+    :param q_values: its action values
+    :param loss: its loss
+    :param n_updates: gradient steps so far
+    :param num_timesteps: environment steps so far
+    :return: the error, to be raised
+    """
+    observations = replay_data.observations
+    quantities = {f"observations[{key!r}]": value for key, value in observations.items()} if isinstance(
+        observations, dict
+    ) else {"observations": observations}
+    quantities |= {"rewards": replay_data.rewards, "action values": q_values, "targets": targets, "loss": loss}
+    broken = [name for name, value in quantities.items() if not bool(th.isfinite(value).all())]
+    return DivergenceError(
+        f"The {broken[0] if broken else 'gradient'} of update {n_updates + 1}, at step {num_timesteps}, is not finite. "
+        "The weights are those before it. Try a smaller learning_rate or max_grad_norm, or scale the rewards"
+    )
+
+
+def policy_statistics(q_values: th.Tensor, temperature: operators.Temperature) -> dict[str, th.Tensor]:
+    """
+    What the logger shows of a minibatch of action values.
+
+    :param q_values: action values, ``(batch_size, n_actions)``
+    :param temperature: the current temperature
+    :return: tensors without dimensions: the ``temperature``, the mean ``entropy`` of the Boltzmann policy in nats and as
+        a fraction of its maximum (``entropy_fraction``), the mean ``action_gap`` between the best and the second best
+        action, and ``q_value_mean``
+    """
+    entropy = operators.entropy(q_values, temperature).mean()
+    n_actions = q_values.shape[1]
+    best = q_values.topk(min(2, n_actions), dim=1).values
+    return {
+        "temperature": th.as_tensor(temperature, dtype=q_values.dtype, device=q_values.device),
+        "entropy": entropy,
+        "entropy_fraction": entropy / math.log(n_actions) if n_actions > 1 else entropy,
+        "action_gap": (best[:, 0] - best[:, -1]).mean(),
+        "q_value_mean": q_values.mean(),
+    }

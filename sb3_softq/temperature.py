@@ -1,0 +1,154 @@
+"""The temperature of an entropy-regularised policy: fixed, scheduled or learned, in one class."""
+
+import math
+
+import torch as th
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, update_learning_rate
+from torch import nn
+
+from sb3_softq.checks import check_number
+
+# Fraction of log(n_actions) that "auto" aims at. SAC-Discrete's published 0.98 cannot be kept up with two actions, where
+# it allows action values to differ by a third of the temperature only, so that the temperature grows without bound.
+DEFAULT_ENTROPY_FRACTION = 0.5
+
+
+def _number_after(name: str, value: str, prefix: str, example: str) -> float:
+    try:
+        return float(value.removeprefix(prefix))
+    except ValueError:
+        raise ValueError(f"{name} must be written like {example!r}, not {value!r}") from None
+
+
+def entropy_target(target_entropy: float | str, n_actions: int) -> float:
+    """
+    Entropy that a learned temperature aims at, in nats.
+
+    :param target_entropy: nats, or ``"auto"`` / ``"auto_0.3"`` for a fraction of ``log(n_actions)``
+    :param n_actions: number of actions
+    :return: nats
+    :raises ValueError: if no policy over ``n_actions`` actions can have it
+    """
+    maximum = math.log(n_actions)
+    if isinstance(target_entropy, str):
+        if target_entropy == "auto":
+            return DEFAULT_ENTROPY_FRACTION * maximum
+        if not target_entropy.startswith("auto_"):
+            raise ValueError(f"target_entropy must be a number, 'auto' or like 'auto_0.3', not {target_entropy!r}")
+        fraction = _number_after("target_entropy", target_entropy, "auto_", "auto_0.3")
+        check_number("the fraction in target_entropy", fraction, 0.0, 1.0)
+        return fraction * maximum
+    check_number("target_entropy", target_entropy, 0.0)
+    if target_entropy > maximum:
+        raise ValueError(
+            f"target_entropy must be at most log({n_actions}) = {maximum:.4g} nats, the entropy of the uniform policy, "
+            f"not {target_entropy!r}"
+        )
+    return float(target_entropy)
+
+
+def temperature_schedule(temperature: float | str | Schedule) -> Schedule:
+    """
+    Schedule of a temperature that is not learned.
+
+    :param temperature: a number, ``"lin_0.1"`` (falls linearly to 0 over the training, as rl-zoo3 writes schedules), or a
+        callable of the remaining progress, which falls from 1 to 0
+    :return: a function of the remaining progress
+    """
+    if isinstance(temperature, str):
+        if not temperature.startswith("lin_"):
+            raise ValueError(f"temperature must be a number, a callable or a schedule like 'lin_0.1', not {temperature!r}")
+        initial_value = _number_after("temperature", temperature, "lin_", "lin_0.1")
+        check_number("the initial value in temperature", initial_value, positive=True)
+        return LinearSchedule(initial_value, 0.0, 1.0)
+    if callable(temperature):
+        return temperature
+    check_number("temperature", temperature, 0.0)
+    return ConstantSchedule(float(temperature))
+
+
+class Temperature(nn.Module):
+    """
+    Weight of the entropy, in the unit of the rewards.
+
+    A learned temperature minimises ``log_temperature * (entropy - target_entropy)``: it falls while the policy is more
+    random than the target, and grows while it is less. Being a module, it is saved, restored and moved with its optimiser
+    (:attr:`optimizer`) as policies are.
+
+    :param temperature: a number of at least 0; a schedule string (``"lin_0.1"``); a callable of the remaining progress; or,
+        for a learned one, ``"auto"`` (initial value 1) or ``"auto_0.1"`` (initial value 0.1)
+    :param target_entropy: see :func:`entropy_target`; used by a learned temperature only
+    :param n_actions: number of actions
+    :param learning_rate: step size of a learned temperature
+    :param learnable: whether the algorithm can learn its temperature
+    :raises TypeError: for an argument of the wrong type
+    :raises ValueError: for an argument that is out of range, or an unknown string
+    """
+
+    def __init__(
+        self,
+        temperature: float | str | Schedule,
+        target_entropy: float | str = "auto",
+        n_actions: int = 2,
+        learning_rate: float = 1e-4,
+        learnable: bool = True,
+    ) -> None:
+        super().__init__()
+        self.learned = isinstance(temperature, str) and temperature.startswith("auto")
+        if not self.learned:
+            self.schedule = temperature_schedule(temperature)
+            self.update(1.0)
+            return
+        assert isinstance(temperature, str)  # for mypy
+        if not learnable:
+            raise ValueError(
+                f"temperature={temperature!r} cannot be learned by this algorithm: pass a number, a callable or a schedule "
+                "like 'lin_0.1' (SQN learns its temperature)"
+            )
+        initial_value = 1.0
+        if temperature != "auto":
+            initial_value = _number_after("temperature", temperature, "auto_", "auto_0.1")
+            check_number("the initial value in temperature", initial_value, positive=True)
+        self.target_entropy = entropy_target(target_entropy, n_actions)
+        self.log_temperature = nn.Parameter(th.tensor(math.log(initial_value)))
+        self.optimizer = th.optim.Adam([self.log_temperature], lr=learning_rate)
+
+    @property
+    def value(self) -> float | th.Tensor:
+        """Current temperature: a number, or for a learned one a detached tensor without dimensions."""
+        return self.log_temperature.detach().exp() if self.learned else self._value
+
+    def update(self, progress_remaining: float) -> None:
+        """
+        Follow the schedule; a learned temperature has none.
+
+        :param progress_remaining: falls from 1 to 0 during training
+        """
+        if not self.learned:
+            value = self.schedule(progress_remaining)
+            check_number(f"temperature (its schedule at remaining progress {progress_remaining:g})", value, 0.0)
+            self._value = float(value)
+
+    def learn(self, entropies: th.Tensor, learning_rate: float) -> None:
+        """
+        One gradient step of a learned temperature.
+
+        :param entropies: entropies of the current policy in nats, any shape
+        :param learning_rate: step size
+        """
+        update_learning_rate(self.optimizer, learning_rate)
+        # J(log_temperature) = log_temperature * (H - H_target), whose gradient is the mean difference
+        self.log_temperature.grad = (entropies.detach().mean() - self.target_entropy).to(self.log_temperature)
+        self.optimizer.step()
+
+    def extra_repr(self) -> str:
+        return f"learned, target_entropy={self.target_entropy:.4g}" if self.learned else f"{self.schedule}"
+
+    def torch_names(self, name: str) -> list[str]:
+        """
+        Names of what has to be saved, for ``_get_torch_save_params()``.
+
+        :param name: name of the attribute that holds the temperature
+        """
+        return [name, f"{name}.optimizer"] if self.learned else []

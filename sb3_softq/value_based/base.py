@@ -1,0 +1,438 @@
+"""The value-based family: everything that its algorithms have in common."""
+
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import LinearSchedule, get_parameters_by_name, polyak_update
+from torch.nn import functional as F
+
+from sb3_softq import operators
+from sb3_softq.checks import check_choice, check_integer, check_number
+from sb3_softq.diagnostics import check_finite, find_divergence, policy_statistics
+from sb3_softq.replay import GrowingDictReplayBuffer, GrowingNStepReplayBuffer, GrowingReplayBuffer
+from sb3_softq.temperature import Temperature
+from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QNetwork, QPolicy
+
+SelfValueBasedAlgorithm = TypeVar("SelfValueBasedAlgorithm", bound="ValueBasedAlgorithm")
+
+EXPLORATIONS = ("boltzmann", "eps_greedy", "boltzmann_eps")
+
+
+class ValueBasedAlgorithm(OffPolicyAlgorithm):
+    """
+    Base of the algorithms that learn action values and act on them.
+
+    An algorithm is its :meth:`_compute_targets`, and :meth:`_compute_loss` where it differs. This class owns the rest:
+    sampling, the optimiser step, gradient clipping, target networks, exploration, logging, the guard against divergence
+    and saving.
+
+    Parameters not described here are those of :class:`stable_baselines3.DQN`.
+
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a policy class
+    :param env: the environment, with a Discrete action space (a registered name works too)
+    :param buffer_size: number of transitions to keep; storage grows as it fills
+    :param tau: Polyak coefficient of the target network's update (1 copies), not a temperature
+    :param n_steps: length of the returns. The rewards are summed; the bonuses of the regularisation enter at the first
+        step and the bootstrap only, as in the published codes
+    :param temperature: weight of the entropy in the unit of the rewards: a number, a schedule as rl-zoo3 writes it
+        (``"lin_0.1"`` falls linearly to 0), or a callable of the remaining progress
+    :param target_update_interval: environment steps between two updates of the target network
+    :param exploration: how the agent acts while it trains: ``"boltzmann"`` samples its own policy, ``"eps_greedy"`` takes the
+        best action but with probability epsilon a random one, drawn independently for each environment, and
+        ``"boltzmann_eps"`` replaces the best action by a sample
+    :param exploration_fraction: fraction of the training over which epsilon falls
+    :param exploration_initial_eps: initial epsilon
+    :param exploration_final_eps: final epsilon
+    :param max_grad_norm: largest norm of a gradient
+    :param target_entropy: what a learned temperature aims at, see :func:`~sb3_softq.temperature.entropy_target`
+    :raises ValueError: for an argument or a space that the algorithm cannot use
+    :raises TypeError: for an argument of the wrong type
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": QPolicy,
+        "CnnPolicy": CnnQPolicy,
+        "MultiInputPolicy": MultiInputQPolicy,
+    }
+    # Whether temperature="auto" is possible
+    learns_temperature: ClassVar[bool] = False
+
+    exploration_schedule: Schedule
+    policy: QPolicy
+    q_net: QNetwork
+    q_net_target: QNetwork
+
+    def __init__(
+        self,
+        policy: str | type[QPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 32,
+        tau: float = 1.0,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 4,
+        gradient_steps: int = 1,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        temperature: float | str | Schedule = 0.03,
+        target_update_interval: int = 10_000,
+        exploration: str = "boltzmann",
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float = 0.05,
+        max_grad_norm: float = 10,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        target_entropy: float | str = "auto",
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            support_multi_env=True,
+        )
+        self.temperature = temperature
+        self.target_entropy = target_entropy
+        self.target_update_interval = target_update_interval
+        self.exploration = exploration
+        self.exploration_fraction = exploration_fraction
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_final_eps = exploration_final_eps
+        self.max_grad_norm = max_grad_norm
+        # "epsilon" for the epsilon-greedy exploration
+        self.exploration_rate = 0.0
+        # Calls of env.step(), for the target network's updates
+        self._n_calls = 0
+
+    # ------------------------------------------------------------------ setting up, saving
+
+    def _check_arguments(self) -> None:
+        """Raise for what the algorithm cannot use. Called whenever the model is set up, also after loading."""
+        if not isinstance(self.action_space, spaces.Discrete):
+            raise ValueError(
+                f"{type(self).__name__} takes Discrete actions, not action_space={self.action_space}: "
+                "for Box actions use an actor-critic algorithm, such as stable_baselines3.SAC"
+            )
+        if self.action_space.start != 0:
+            raise ValueError(f"{type(self).__name__} takes Discrete actions that start at 0, not action_space={self.action_space}")
+        if isinstance(self.observation_space, (spaces.Tuple, spaces.Text, spaces.Sequence, spaces.Graph)):
+            raise ValueError(
+                f"No policy of {type(self).__name__} reads observation_space={self.observation_space}: "
+                "wrap the environment so that it has Box, Discrete or Dict observations"
+            )
+        check_integer("buffer_size", self.buffer_size, 1)
+        check_integer("batch_size", self.batch_size, 1)
+        check_integer("gradient_steps", self.gradient_steps, -1)
+        check_integer("n_steps", self.n_steps, 1)
+        check_integer("target_update_interval", self.target_update_interval, 1)
+        check_number("learning_starts", self.learning_starts, 0)
+        check_number("tau", self.tau, 0, 1)
+        check_number("gamma", self.gamma, 0, 1)
+        check_choice("exploration", self.exploration, EXPLORATIONS)
+        check_number("exploration_fraction", self.exploration_fraction, 0, 1, positive=True)
+        check_number("exploration_initial_eps", self.exploration_initial_eps, 0, 1)
+        check_number("exploration_final_eps", self.exploration_final_eps, 0, 1)
+        check_number("max_grad_norm", self.max_grad_norm, positive=True, finite=False)
+        if self.exploration == "boltzmann" and not isinstance(self.temperature, str) and self.temperature == 0:
+            raise ValueError(
+                "temperature must be positive, not 0, with exploration='boltzmann', which would never explore: "
+                "pass a positive temperature or exploration='eps_greedy'"
+            )
+        if self.n_steps > 1 and (isinstance(self.observation_space, spaces.Dict) or self.optimize_memory_usage):
+            raise ValueError(f"n_steps={self.n_steps} needs observations that are no Dict and optimize_memory_usage=False")
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        if self.replay_buffer is None and self.replay_buffer_class is None:
+            self.replay_buffer = self._make_replay_buffer()
+        # SB3 writes the class and arguments it chose into the user's: keep those as they came
+        replay_buffer_class, replay_buffer_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs.copy()
+        super()._setup_model()
+        self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
+        self._create_aliases()
+        # Running statistics of batch norm, which the target network copies
+        self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
+        self.exploration_schedule = LinearSchedule(
+            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
+        )
+        self.temperature_module = Temperature(
+            self.temperature,
+            self.target_entropy,
+            int(self.action_space.n),  # type: ignore[attr-defined]
+            self.lr_schedule(1),
+            learnable=self.learns_temperature,
+        ).to(self.device)
+        self.temperature_module.update(self._current_progress_remaining)
+
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        replay_buffer_kwargs = self.replay_buffer_kwargs.copy()
+        if isinstance(self.observation_space, spaces.Dict):
+            replay_buffer_class: type[ReplayBuffer] = GrowingDictReplayBuffer
+        elif self.n_steps > 1:
+            replay_buffer_class = GrowingNStepReplayBuffer
+            replay_buffer_kwargs.update(n_steps=self.n_steps, gamma=self.gamma)
+        else:
+            replay_buffer_class = GrowingReplayBuffer
+        return replay_buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
+            **replay_buffer_kwargs,
+        )
+
+    def _create_aliases(self) -> None:
+        self.q_net = self.policy.q_net  # type: ignore[assignment]
+        self.q_net_target = self.policy.q_net_target  # type: ignore[assignment]
+
+    def _excluded_save_params(self) -> list[str]:
+        derived = ["q_net", "q_net_target", "exploration_schedule", "temperature_module"]
+        return [*super()._excluded_save_params(), *derived, "batch_norm_stats", "batch_norm_stats_target"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer", *self.temperature_module.torch_names("temperature_module")], []
+
+    # ------------------------------------------------------------------ acting
+
+    @property
+    def current_temperature(self) -> operators.Temperature:
+        """The temperature now: a number, or, where it is learned, a tensor without dimensions."""
+        return self.temperature_module.value
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Actions for observations: the best ones, or, if not ``deterministic``, as the agent explores.
+
+        :param observation: one observation, or one per environment
+        :param state: not used, for recurrent policies
+        :param episode_start: not used, for recurrent policies
+        :param deterministic: whether to take the action of the highest value
+        :return: the actions, and ``state`` as it came
+        """
+        self.policy.set_training_mode(False)
+        obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
+        with th.no_grad():
+            q_values = self.policy.q_values(obs_tensor)
+            if deterministic or self.exploration == "eps_greedy":
+                actions = q_values.argmax(dim=1).cpu().numpy()
+            else:
+                actions = self._sample_policy(q_values).cpu().numpy()
+        if not deterministic and self.exploration != "boltzmann":
+            for i in np.flatnonzero(np.random.rand(len(actions)) < self.exploration_rate):
+                actions[i] = self.action_space.sample()
+        return (actions if vectorized_env else actions[0]), state
+
+    def _sample_policy(self, q_values: th.Tensor) -> th.Tensor:
+        """Actions drawn from the Boltzmann policy, by adding Gumbel noise to the logits; ``(batch_size,)``."""
+        # argmax(q + temperature * gumbel) needs no division: at temperature 0 it is the greedy action
+        gumbel = -th.empty_like(q_values).exponential_().log()
+        return (q_values + self.current_temperature * gumbel).argmax(dim=1)
+
+    def _evaluate(self, observation: np.ndarray | dict[str, np.ndarray], function: Any) -> np.ndarray:
+        self.policy.set_training_mode(False)
+        obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
+        with th.no_grad():
+            result = function(self.policy.q_values(obs_tensor), self.current_temperature).cpu().numpy()
+        return result if vectorized_env else result[0]
+
+    def q_values(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """
+        Action values that the agent acts on.
+
+        :param observation: one observation, or one per environment
+        :return: ``(n_actions,)``, or ``(n_observations, n_actions)``
+        """
+        return self._evaluate(observation, lambda q_values, temperature: q_values)
+
+    def action_probs(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """
+        Probabilities of the Boltzmann policy at the current temperature, without epsilon.
+
+        :param observation: one observation, or one per environment
+        :return: ``(n_actions,)``, or ``(n_observations, n_actions)``
+        """
+        return self._evaluate(observation, operators.policy)
+
+    def soft_value(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """
+        Values of states, entropy included: :func:`sb3_softq.operators.soft_value` of the action values.
+
+        :param observation: one observation, or one per environment
+        :return: ``()``, or ``(n_observations,)``
+        """
+        return self._evaluate(observation, lambda *args: operators.soft_value(*args).squeeze(1))
+
+    # ------------------------------------------------------------------ collecting
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._setup_learn(*args, **kwargs)
+        check_finite("observations", self._last_obs, self.num_timesteps)
+        return result
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        check_finite("rewards", reward, self.num_timesteps)
+        check_finite("observations", new_obs, self.num_timesteps)
+        if dones.any():
+            for info, done in zip(infos, dones, strict=True):
+                if done:
+                    check_finite("observations", info.get("terminal_observation"), self.num_timesteps)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _on_step(self) -> None:
+        """Update the target network and the schedules; called after each step in the environments."""
+        self._n_calls += 1
+        # Each call to step() corresponds to n_envs transitions
+        if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
+            polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        self.temperature_module.update(self._current_progress_remaining)
+        self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
+        if self.exploration != "boltzmann":
+            self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    # ------------------------------------------------------------------ learning
+
+    def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        Regression targets of the taken actions; called without gradients.
+
+        :param replay_data: a minibatch
+        :return: targets ``(batch_size, 1)``, and what to log of them, as tensors without dimensions
+        """
+        raise NotImplementedError
+
+    def _compute_loss(self, replay_data: ReplayBufferSamples, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Loss of each sample: Huber, as in SB3's DQN.
+
+        :param replay_data: a minibatch
+        :param targets: what :meth:`_compute_targets` returned, ``(batch_size, 1)``
+        :return: losses ``(batch_size, 1)``, and the action values that the agent acts on, ``(batch_size, n_actions)``
+        """
+        q_values = self.q_net(replay_data.observations)
+        current_q_values = q_values.gather(1, replay_data.actions)
+        return F.smooth_l1_loss(current_q_values, targets, reduction="none"), q_values.detach()
+
+    def _bellman_target(
+        self, replay_data: ReplayBufferSamples, next_values: th.Tensor, bonus: th.Tensor | float = 0.0
+    ) -> th.Tensor:
+        """``rewards + bonus + discount * (1 - done) * next_values``, for one-step and n-step minibatches."""
+        discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
+        return operators.bellman_target(replay_data.rewards + bonus, replay_data.dones, discounts, next_values)
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+
+        losses, grad_norms = [], []
+        for _ in range(gradient_steps):
+            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            with th.no_grad():
+                targets, target_metrics = self._compute_targets(replay_data)
+            sample_losses, q_values = self._compute_loss(replay_data, targets)
+            loss = sample_losses.mean()
+
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+            grad_norm = th.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
+            if not th.isfinite(loss + grad_norm):
+                raise find_divergence(replay_data, targets, q_values, loss, self._n_updates, self.num_timesteps)
+            self.policy.optimizer.step()
+            self._n_updates += 1
+
+            if self.temperature_module.learned:
+                entropies = operators.entropy(q_values, self.current_temperature)
+                self.temperature_module.learn(entropies, self.policy.optimizer.param_groups[0]["lr"])
+            losses.append(loss.detach())
+            grad_norms.append(grad_norm)
+
+        metrics = {
+            "loss": th.stack(losses).mean(),
+            "grad_norm": th.stack(grad_norms).mean(),
+            **policy_statistics(q_values, self.current_temperature),
+            **target_metrics,
+        }
+        # The only read from the device
+        for name, value in zip(metrics, th.stack(list(metrics.values())).tolist(), strict=True):
+            self.logger.record(f"train/{name}", value)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def learn(
+        self: SelfValueBasedAlgorithm,
+        total_timesteps: int = 1_000_000,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfValueBasedAlgorithm:
+        """
+        Train; see :meth:`stable_baselines3.DQN.learn`.
+
+        :param total_timesteps: number of environment steps
+        :param callback: callbacks, called at every step
+        :param log_interval: episodes between two logs
+        :param tb_log_name: name of the TensorBoard run, by default the class's
+        :param reset_num_timesteps: whether the count of steps, and with it every schedule, starts again
+        :param progress_bar: whether to show a progress bar
+        :return: the model
+        :raises DivergenceError: if a reward, an observation or a loss is not finite; the weights are those before it
+        """
+        return super().learn(
+            total_timesteps,
+            callback,
+            log_interval,
+            type(self).__name__ if tb_log_name is None else tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+        )

@@ -1,0 +1,110 @@
+"""Munchausen DQN."""
+
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
+
+from sb3_softq import operators
+from sb3_softq.checks import check_number
+from sb3_softq.value_based.base import ValueBasedAlgorithm
+from sb3_softq.value_based.policies import QPolicy
+
+
+class MunchausenDQN(ValueBasedAlgorithm):
+    """
+    Munchausen DQN: soft Q-learning whose reward carries the scaled log-policy of the taken action.
+
+    That term regularises the policy towards the previous one by their KL divergence, without a network for either, and
+    widens the gaps between actions. Vieillard, Pietquin and Geist 2020 (arXiv:2007.14430), whose constants are the defaults.
+
+    Parameters not described here are those of :class:`~sb3_softq.value_based.base.ValueBasedAlgorithm`.
+
+    :param temperature: weight of entropy and KL divergence together, in the unit of the rewards
+    :param munchausen_alpha: weight of the scaled log-policy, between 0 (soft Q-learning) and 1
+    :param munchausen_clip: lower bound of the scaled log-policy before it is weighted, at most 0; ``-inf`` for none
+    """
+
+    def __init__(
+        self,
+        policy: str | type[QPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 32,
+        tau: float = 1.0,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 4,
+        gradient_steps: int = 1,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        temperature: float | str | Schedule = 0.03,
+        munchausen_alpha: float = 0.9,
+        munchausen_clip: float = -1.0,
+        target_update_interval: int = 10_000,
+        exploration: str = "eps_greedy",
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float = 0.05,
+        max_grad_norm: float = 10,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            temperature,
+            target_update_interval,
+            exploration,
+            exploration_fraction,
+            exploration_initial_eps,
+            exploration_final_eps,
+            max_grad_norm,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
+            _init_setup_model=False,
+        )
+        self.munchausen_alpha = munchausen_alpha
+        self.munchausen_clip = munchausen_clip
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        check_number("munchausen_alpha", self.munchausen_alpha, 0, 1)
+        check_number("munchausen_clip", self.munchausen_clip, maximum=0, finite=False)
+
+    def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        # r + alpha * clip(temperature * log pi(a|s), clip, 0) + gamma * V(s'), all of the target network
+        # (arXiv:2007.14430, equation 2)
+        temperature = self.current_temperature
+        q_values = self.q_net_target(replay_data.observations)
+        next_values = operators.soft_value(self.q_net_target(replay_data.next_observations), temperature)
+        log_policy = operators.gap_bonus(q_values, replay_data.actions, temperature, self.munchausen_clip)
+        targets = self._bellman_target(replay_data, next_values, bonus=self.munchausen_alpha * log_policy)
+        return targets, {"munchausen_clip_fraction": (log_policy <= self.munchausen_clip).to(log_policy.dtype).mean()}

@@ -1,0 +1,284 @@
+"""Policies of the value-based family: action-value networks, their targets and the features extractors they need."""
+
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    create_mlp,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.dqn.policies import DQNPolicy
+from stable_baselines3.dqn.policies import QNetwork as DQNQNetwork
+from torch import nn
+
+# Smallest height and width that NatureCNN's three convolutions can read
+NATURE_CNN_MIN_SIZE = 36
+
+
+class SmallImageCNN(BaseFeaturesExtractor):
+    """
+    Extractor for small planes, such as MinAtar's 10x10 boolean ones: a 3x3 convolution and a linear layer.
+
+    The network of Young and Tian 2019 (arXiv:1903.03176). Reads channels first or last, whichever is the smaller
+    dimension; last when both are equal, which is Gymnasium's order.
+
+    :param observation_space: ``(height, width, channels)`` or ``(channels, height, width)``, at least 3x3
+    :param features_dim: number of features extracted
+    :param n_filters: number of filters of the convolution
+    :raises ValueError: for a space of another shape
+    """
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 128, n_filters: int = 16) -> None:
+        super().__init__(observation_space, features_dim)
+        channels, height, width = _image_shape(observation_space)
+        if min(height, width) < 3:
+            raise ValueError(f"SmallImageCNN reads planes of at least 3x3, not {observation_space}: use MlpPolicy")
+        self.channels_last = observation_space.shape[-1] == channels and observation_space.shape != (channels, height, width)
+        self.cnn = nn.Sequential(nn.Conv2d(channels, n_filters, kernel_size=3), nn.ReLU(), nn.Flatten())
+        self.linear = nn.Sequential(nn.Linear(n_filters * (height - 2) * (width - 2), features_dim), nn.ReLU())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.channels_last:
+            observations = observations.permute(0, 3, 1, 2)
+        return self.linear(self.cnn(observations))
+
+
+def _image_shape(observation_space: spaces.Box) -> tuple[int, int, int]:
+    """Channels, height and width of an image space, whichever end its channels are at."""
+    first, middle, last = observation_space.shape
+    return (first, middle, last) if first < last else (last, first, middle)
+
+
+def image_extractor(observation_space: spaces.Space) -> type[BaseFeaturesExtractor]:
+    """
+    The extractor for an image space: NatureCNN, or :class:`SmallImageCNN` where NatureCNN does not fit.
+
+    :param observation_space: observation space of the environment
+    :return: the class to build
+    :raises ValueError: if the space is no image
+    """
+    if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) != 3:
+        raise ValueError(
+            f"CnnPolicy reads images (a Box of three dimensions), not observation_space={observation_space}: "
+            f"use {'MultiInputPolicy' if isinstance(observation_space, spaces.Dict) else 'MlpPolicy'}"
+        )
+    if min(_image_shape(observation_space)[1:]) < NATURE_CNN_MIN_SIZE:
+        return SmallImageCNN
+    if not is_image_space(observation_space):
+        raise ValueError(
+            f"CnnPolicy reads planes of {NATURE_CNN_MIN_SIZE}x{NATURE_CNN_MIN_SIZE} and more as uint8 images in [0, 255], not "
+            f"observation_space={observation_space}. For normalised, channels-first images pass policy_kwargs="
+            "dict(features_extractor_class=NatureCNN, features_extractor_kwargs=dict(normalized_image=True), "
+            "normalize_images=False)"
+        )
+    return NatureCNN
+
+
+class ImageCombinedExtractor(CombinedExtractor):
+    """
+    SB3's ``CombinedExtractor``, except that small images get the extractor that can read them.
+
+    :param observation_space: a Dict of Boxes and other spaces that SB3 can flatten
+    :param cnn_output_dim: number of features of each image
+    """
+
+    def __init__(self, observation_space: spaces.Dict, cnn_output_dim: int = 256) -> None:
+        BaseFeaturesExtractor.__init__(self, observation_space, features_dim=1)
+        extractors: dict[str, nn.Module] = {}
+        features_dim = 0
+        for key, subspace in observation_space.spaces.items():
+            if is_image_space(subspace):
+                extractors[key] = image_extractor(subspace)(subspace, features_dim=cnn_output_dim)  # type: ignore[call-arg]
+                features_dim += cnn_output_dim
+            else:
+                extractors[key] = nn.Flatten()
+                features_dim += get_flattened_obs_dim(subspace)
+        self.extractors = nn.ModuleDict(extractors)
+        self._features_dim = features_dim
+
+
+class DuelingHead(nn.Module):
+    """
+    Separate streams for the value and the advantages, ``q = v + advantage - mean(advantage)``.
+
+    Wang et al. 2016 (arXiv:1511.06581), equation 9.
+
+    :param input_dim: number of features
+    :param hidden_units: units of the hidden layer of each stream; none for linear streams
+    :param n_actions: number of actions
+    :param activation_fn: activation of the hidden layers
+    """
+
+    def __init__(self, input_dim: int, hidden_units: list[int], n_actions: int, activation_fn: type[nn.Module]) -> None:
+        super().__init__()
+        self.value = nn.Sequential(*create_mlp(input_dim, 1, hidden_units, activation_fn))
+        self.advantage = nn.Sequential(*create_mlp(input_dim, n_actions, hidden_units, activation_fn))
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        advantage = self.advantage(features)
+        return self.value(features) + advantage - advantage.mean(dim=1, keepdim=True)
+
+
+class QNetwork(DQNQNetwork):
+    """
+    SB3's action-value network, with a dueling head as an option.
+
+    :param dueling: whether the last layer of ``net_arch`` and the output are split in two streams (:class:`DuelingHead`)
+    """
+
+    def __init__(self, *args: Any, dueling: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dueling = dueling
+        if dueling:
+            trunk, hidden_units = self.net_arch[:-1], self.net_arch[-1:]
+            head_dim = trunk[-1] if trunk else self.features_dim
+            self.q_net = nn.Sequential(
+                *create_mlp(self.features_dim, -1, trunk, self.activation_fn),
+                DuelingHead(head_dim, hidden_units, int(self.action_space.n), self.activation_fn),
+            )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "dueling": self.dueling}
+
+
+class TwinQNetwork(BasePolicy):
+    """
+    Two independent action-value networks, extractors included.
+
+    :param networks: the two networks
+    """
+
+    def __init__(self, networks: list[QNetwork]) -> None:
+        super().__init__(networks[0].observation_space, networks[0].action_space)
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Action values of both networks.
+
+        :param obs: observations
+        :return: ``(2, batch_size, n_actions)``
+        """
+        return th.stack([network(obs) for network in self.networks])
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        return self(observation).amin(dim=0).argmax(dim=1)
+
+
+class QPolicy(DQNPolicy):
+    """
+    Action-value network and its target for flat observations; SB3's DQN policy and its parameters, and :
+
+    :param features_extractor_class: ``None`` chooses the extractor by the observation space
+    :param dueling: whether to split the network's head in a value and an advantage stream
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        dueling: bool = False,
+    ) -> None:
+        self.dueling = dueling
+        if features_extractor_class is None:
+            features_extractor_class = self.default_features_extractor(observation_space)
+        if net_arch is None:
+            # The image extractors end with a hidden layer of their own
+            net_arch = [] if features_extractor_class in (NatureCNN, SmallImageCNN) else [64, 64]
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            activation_fn,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+        )
+
+    @staticmethod
+    def default_features_extractor(observation_space: spaces.Space) -> type[BaseFeaturesExtractor]:
+        """
+        The features extractor where the user names none.
+
+        :param observation_space: observation space of the environment
+        :raises ValueError: if no policy of this name can read it
+        """
+        if isinstance(observation_space, spaces.Dict):
+            raise ValueError(f"MlpPolicy cannot read observation_space={observation_space}: use MultiInputPolicy")
+        return FlattenExtractor
+
+    def make_q_net(self) -> QNetwork:
+        net_args = self._update_features_extractor(self.net_args, features_extractor=None)
+        return QNetwork(**net_args, dueling=self.dueling).to(self.device)
+
+    def q_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Action values that the agent acts on.
+
+        :param obs: observations
+        :return: ``(batch_size, n_actions)``
+        """
+        return self.q_net(obs)
+
+    def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        return self.q_values(obs).argmax(dim=1)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "dueling": self.dueling}
+
+
+class CnnQPolicy(QPolicy):
+    """:class:`QPolicy` for images, large (NatureCNN) or small (:class:`SmallImageCNN`)."""
+
+    @staticmethod
+    def default_features_extractor(observation_space: spaces.Space) -> type[BaseFeaturesExtractor]:
+        return image_extractor(observation_space)
+
+
+class MultiInputQPolicy(QPolicy):
+    """:class:`QPolicy` for Dict observations."""
+
+    @staticmethod
+    def default_features_extractor(observation_space: spaces.Space) -> type[BaseFeaturesExtractor]:
+        if not isinstance(observation_space, spaces.Dict):
+            raise ValueError(f"MultiInputPolicy reads Dict observations, not observation_space={observation_space}: use MlpPolicy")
+        return ImageCombinedExtractor
+
+
+class TwinQPolicy(QPolicy):
+    """:class:`QPolicy` with two networks; the agent acts on the minimum of their action values."""
+
+    q_net: TwinQNetwork  # type: ignore[assignment]
+    q_net_target: TwinQNetwork  # type: ignore[assignment]
+
+    def make_q_net(self) -> TwinQNetwork:  # type: ignore[override]
+        return TwinQNetwork([super(TwinQPolicy, self).make_q_net() for _ in range(2)]).to(self.device)
+
+    def q_values(self, obs: PyTorchObs) -> th.Tensor:
+        return self.q_net(obs).amin(dim=0)
+
+
+class TwinCnnQPolicy(TwinQPolicy, CnnQPolicy):
+    """:class:`TwinQPolicy` for images."""
+
+
+class TwinMultiInputQPolicy(TwinQPolicy, MultiInputQPolicy):
+    """:class:`TwinQPolicy` for Dict observations."""

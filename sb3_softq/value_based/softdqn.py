@@ -1,0 +1,103 @@
+"""Soft Q-learning for discrete actions."""
+
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
+
+from sb3_softq import operators
+from sb3_softq.value_based.base import ValueBasedAlgorithm
+from sb3_softq.value_based.policies import QPolicy
+
+
+class SoftDQN(ValueBasedAlgorithm):
+    """
+    Soft Q-learning for discrete actions: DQN with the log-sum-exp instead of the maximum.
+
+    Its policy is ``softmax(q / temperature)``, the optimal one where the entropy is part of the return. Haarnoja et al. 2017
+    (arXiv:1702.08165); the "Soft-DQN" of Vieillard et al. 2020 (arXiv:2007.14430).
+
+    Parameters not described here are those of :class:`~sb3_softq.value_based.base.ValueBasedAlgorithm`.
+
+    :param temperature: weight of the entropy in the unit of the rewards; at 0 this is DQN
+    :param double_q: whether the online network's policy is evaluated by the target network, which at temperature 0 is
+        Double DQN
+    """
+
+    def __init__(
+        self,
+        policy: str | type[QPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 32,
+        tau: float = 1.0,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 4,
+        gradient_steps: int = 1,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        temperature: float | str | Schedule = 0.03,
+        double_q: bool = False,
+        target_update_interval: int = 10_000,
+        exploration: str = "boltzmann",
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float = 0.05,
+        max_grad_norm: float = 10,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            temperature,
+            target_update_interval,
+            exploration,
+            exploration_fraction,
+            exploration_initial_eps,
+            exploration_final_eps,
+            max_grad_norm,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
+            _init_setup_model=False,
+        )
+        self.double_q = double_q
+        if _init_setup_model:
+            self._setup_model()
+
+    def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        next_q_values = self.q_net_target(replay_data.next_observations)
+        if self.double_q:
+            # V(s') = E_{a ~ pi}[q_target(s', a)] + temperature * H(pi), with pi of the online network
+            online_q_values = self.q_net(replay_data.next_observations)
+            next_values = operators.double_soft_value(online_q_values, next_q_values, self.current_temperature)
+        else:
+            # V(s') = temperature * log sum_a exp(q(s', a) / temperature) (arXiv:1702.08165)
+            next_values = operators.soft_value(next_q_values, self.current_temperature)
+        return self._bellman_target(replay_data, next_values), {}

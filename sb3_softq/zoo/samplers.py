@@ -1,0 +1,76 @@
+"""
+Search spaces for rl_zoo3's ``-optimize``.
+
+The value-based algorithms share upstream's space for DQN; each adds the pieces that are its own in ``SAMPLERS``. A sampled
+value gets its final form in the converter alone, so that ``--trial-id`` finds in the study exactly what was trained.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from optuna import Trial
+from rl_zoo3.hyperparams_opt import convert_offpolicy_params, sample_dqn_params
+
+Sampler = Callable[[Trial, int, int, dict[str, Any]], dict[str, Any]]
+
+
+def temperature(trial: Trial) -> None:
+    trial.suggest_float("temperature", 0.001, 1.0, log=True)
+
+
+def learned_temperature(trial: Trial) -> None:
+    trial.suggest_float("auto_temperature", 0.01, 1.0, log=True)
+    trial.suggest_float("auto_target_entropy", 0.02, 0.9, log=True)
+
+
+def munchausen(trial: Trial) -> None:
+    trial.suggest_float("munchausen_alpha", 0.0, 0.99)
+    trial.suggest_float("munchausen_clip", -10.0, -0.1)
+
+
+def exploration(trial: Trial) -> None:
+    trial.suggest_categorical("exploration", ["boltzmann", "eps_greedy", "boltzmann_eps"])
+
+
+def double_q(trial: Trial) -> None:
+    trial.suggest_categorical("double_q", [False, True])
+
+
+def convert_value_based_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Turn the parameters of a trial into arguments of a constructor.
+
+    :param sampled_params: What the sampler suggested, as the study stores it
+    :return: Arguments of the algorithm
+    """
+    hyperparams = convert_offpolicy_params(sampled_params)
+    # `target_update_interval` is searched over: the interval of full copies, also where the settings file has Polyak updates
+    hyperparams["tau"] = 1.0
+    for name in ("temperature", "target_entropy"):
+        if f"auto_{name}" in hyperparams:
+            hyperparams[name] = f"auto_{hyperparams.pop(f'auto_{name}')}"
+    return hyperparams
+
+
+def value_based_sampler(*own_parameters: Callable[[Trial], None]) -> Sampler:
+    """
+    :param own_parameters: What the algorithm has beyond DQN, each a function that suggests values to a trial
+    :return: Sampler for rl_zoo3
+    """
+
+    def sample(trial: Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+        # The settings of a hindsight buffer stay as the settings file has them
+        sample_dqn_params(trial, n_actions, n_envs, {**additional_args, "using_her_replay_buffer": False})
+        for suggest in own_parameters:
+            suggest(trial)
+        return convert_value_based_params(trial.params)
+
+    return sample
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "softdqn": value_based_sampler(temperature, exploration, double_q),
+    "sqn": value_based_sampler(learned_temperature, exploration),
+    "mdqn": value_based_sampler(temperature, munchausen, exploration),
+}
+CONVERTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = dict.fromkeys(SAMPLERS, convert_value_based_params)
