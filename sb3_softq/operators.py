@@ -43,12 +43,21 @@ def _masked(q_values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
     return q_values.masked_fill(~mask, -math.inf)
 
 
+def _logits(q_values: th.Tensor, temperature: Temperature) -> tuple[th.Tensor, th.Tensor]:
+    """
+    ``(q - max q) / temperature``, and ``max q`` as a constant.
+
+    The maximum is taken off first: of action values of 1000 at a temperature of 0.03, division would keep three digits.
+    """
+    maximum = q_values.detach().amax(dim=1, keepdim=True)
+    return (q_values - maximum) / temperature, maximum
+
+
 def _expectation(probabilities: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
     """Sum over the actions of ``probabilities * values``, where 0 * -inf counts as 0; ``(batch_size, 1)``."""
-    products = probabilities * values
     if mask is not None:
-        products = products.masked_fill(~mask, 0.0)
-    return products.sum(dim=1, keepdim=True)
+        values = values.masked_fill(~mask, 0.0)  # before the product: its gradient would hold 0 * -inf too
+    return (probabilities * values).sum(dim=1, keepdim=True)
 
 
 def soft_value(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | None = None) -> th.Tensor:
@@ -66,7 +75,8 @@ def soft_value(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | 
     q_values = _masked(q_values, mask)
     if _is_hard(temperature):
         return q_values.amax(dim=1, keepdim=True)
-    return temperature * th.logsumexp(q_values / temperature, dim=1, keepdim=True)
+    logits, maximum = _logits(q_values, temperature)
+    return maximum + temperature * th.logsumexp(logits, dim=1, keepdim=True)
 
 
 def mellowmax(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | None = None) -> th.Tensor:
@@ -100,7 +110,7 @@ def policy(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | None
     q_values = _masked(q_values, mask)
     if _is_hard(temperature):
         return th.zeros_like(q_values).scatter_(1, q_values.argmax(dim=1, keepdim=True), 1.0)
-    return th.softmax(q_values / temperature, dim=1)
+    return th.softmax(_logits(q_values, temperature)[0], dim=1)
 
 
 def scaled_log_policy(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | None = None) -> th.Tensor:
@@ -118,7 +128,7 @@ def scaled_log_policy(q_values: th.Tensor, temperature: Temperature, mask: th.Te
     q_values = _masked(q_values, mask)
     if _is_hard(temperature):
         return q_values - q_values.amax(dim=1, keepdim=True)
-    return temperature * th.log_softmax(q_values / temperature, dim=1)
+    return temperature * th.log_softmax(_logits(q_values, temperature)[0], dim=1)
 
 
 def boltzmann_value(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | None = None) -> th.Tensor:
@@ -174,7 +184,7 @@ def entropy(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | Non
     q_values = _masked(q_values, mask)
     if _is_hard(temperature):
         return th.zeros_like(q_values[:, :1])
-    log_policy = th.log_softmax(q_values / temperature, dim=1)
+    log_policy = th.log_softmax(_logits(q_values, temperature)[0], dim=1)
     return -_expectation(log_policy.exp(), log_policy, mask)
 
 
@@ -250,5 +260,8 @@ def bellman_target(
     assert rewards.shape == dones.shape == next_values.shape and rewards.shape[1:] == (1,), (
         f"rewards {tuple(rewards.shape)}, dones {tuple(dones.shape)} and next_values {tuple(next_values.shape)} "
         "must be (batch_size, 1)"
+    )
+    assert not isinstance(discounts, th.Tensor) or discounts.shape in (rewards.shape, ()), (
+        f"discounts must be a number or {tuple(rewards.shape)}, not {tuple(discounts.shape)}"
     )
     return rewards + (1.0 - dones) * discounts * next_values

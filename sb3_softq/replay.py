@@ -13,6 +13,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
 
 try:
     import psutil
@@ -22,7 +24,7 @@ except ImportError:  # an extra of SB3's
 MINIMUM_CAPACITY = 1024
 
 
-class _GrowingStorage(ReplayBuffer):
+class GrowingStorage(ReplayBuffer):
     """
     Mixin before one of SB3's buffers: its arrays have :attr:`capacity` rows, at most ``buffer_size``.
 
@@ -48,6 +50,11 @@ class _GrowingStorage(ReplayBuffer):
         """Number of rows (of ``n_envs`` transitions) that the storage has."""
         return len(self.rewards)
 
+    @property
+    def transition_bytes(self) -> int:
+        """Memory that one transition takes."""
+        return sum(array[0].nbytes for _, _, array in self._arrays()) // self.n_envs
+
     def _arrays(self) -> list[tuple[Any, str, np.ndarray]]:
         """All storage as (owner, name, array), where the owner is the buffer's ``__dict__`` or a dict of observations."""
         arrays: list[tuple[Any, str, np.ndarray]] = []
@@ -66,8 +73,8 @@ class _GrowingStorage(ReplayBuffer):
             return
         capacity = min(max(n_rows, 2 * self.capacity, MINIMUM_CAPACITY), self.buffer_size)
         if psutil is not None:
-            row_bytes = sum(array[0].nbytes for _, _, array in self._arrays())
-            capacity = min(capacity, self.capacity + int(0.9 * psutil.virtual_memory().available / row_bytes))
+            available_rows = 0.9 * psutil.virtual_memory().available / (self.transition_bytes * self.n_envs)
+            capacity = min(capacity, self.capacity + int(available_rows))
         try:
             if capacity < n_rows:
                 raise MemoryError
@@ -96,14 +103,96 @@ class _GrowingStorage(ReplayBuffer):
             self._reserve(self.pos + 1 + getattr(self, "n_steps", 1))
         super().add(*args, **kwargs)
 
+    def _gather(self, batch_inds: np.ndarray) -> dict[str, Any]:
+        """The samples at rows of the buffer, each of a random environment, gathered by tensors: no copy but the gathering."""
+        if self.n_envs > 1:  # drawn as SB3 draws them; from one environment no random number is taken
+            batch_inds = batch_inds * self.n_envs + np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))
+        rows = th.from_numpy(batch_inds)
 
-class GrowingReplayBuffer(_GrowingStorage, ReplayBuffer):
+        def gather(array: Any) -> Any:
+            if isinstance(array, dict):
+                return {key: gather(value) for key, value in array.items()}
+            return self._view(array).index_select(0, rows).to(self.device)
+
+        terminated = gather(self.dones)
+        if self.handle_timeout_termination:
+            terminated = terminated * (1 - gather(self.timeouts))
+        return {
+            "observations": gather(self.observations),
+            "actions": gather(self.actions),
+            "next_observations": gather(self.next_observations),
+            "dones": terminated.unsqueeze(1),
+            "rewards": gather(self.rewards).unsqueeze(1),
+        }
+
+    def _view(self, array: np.ndarray) -> th.Tensor:
+        """An array as a tensor of the same memory, with rows and environments in one dimension."""
+        return th.from_numpy(array).view(-1, *array.shape[2:])
+
+
+class GrowingReplayBuffer(GrowingStorage, ReplayBuffer):
     """SB3's ``ReplayBuffer``, allocated as it fills."""
 
+    def add(
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        if self.optimize_memory_usage:
+            super().add(obs, next_obs, action, reward, done, infos)
+            return
+        if not self.full:
+            self._reserve(self.pos + 2)
+        # As SB3's buffer does, less its intermediate copies: assigning copies already
+        pos = self.pos
+        self.observations[pos] = obs.reshape(self.observations.shape[1:])
+        self.next_observations[pos] = next_obs.reshape(self.observations.shape[1:])
+        self.actions[pos] = action.reshape(self.actions.shape[1:])
+        self.rewards[pos] = reward
+        self.dones[pos] = done
+        if self.handle_timeout_termination:
+            self.timeouts[pos] = [info.get("TimeLimit.truncated", False) for info in infos]
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full = True
+            self.pos = 0
 
-class GrowingDictReplayBuffer(_GrowingStorage, DictReplayBuffer):  # type: ignore[misc]
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        if env is not None or self.optimize_memory_usage:
+            return super()._get_samples(batch_inds, env)
+        return ReplayBufferSamples(**self._gather(batch_inds))
+
+
+class GrowingDictReplayBuffer(GrowingStorage, DictReplayBuffer):  # type: ignore[misc]
     """SB3's ``DictReplayBuffer``, allocated as it fills."""
 
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> DictReplayBufferSamples:  # type: ignore[override]
+        return super()._get_samples(batch_inds, env) if env is not None else DictReplayBufferSamples(**self._gather(batch_inds))
 
-class GrowingNStepReplayBuffer(_GrowingStorage, NStepReplayBuffer):
+
+class GrowingNStepReplayBuffer(GrowingStorage, NStepReplayBuffer):
     """SB3's ``NStepReplayBuffer``, allocated as it fills."""
+
+
+def split_samples(samples: ReplayBufferSamples, n_batches: int) -> list[ReplayBufferSamples]:
+    """
+    Cut samples into minibatches of one size.
+
+    :param samples: ``n_batches * batch_size`` samples
+    :param n_batches: number of minibatches
+    :return: views of the samples
+    """
+    if n_batches == 1:
+        return [samples]
+
+    def split(field: Any) -> Any:
+        if isinstance(field, dict):
+            pieces = {key: value.chunk(n_batches) for key, value in field.items()}
+            return [{key: piece[i] for key, piece in pieces.items()} for i in range(n_batches)]
+        return [None] * n_batches if field is None else field.chunk(n_batches)
+
+    return [type(samples)(*fields) for fields in zip(*map(split, samples), strict=True)]

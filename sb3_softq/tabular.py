@@ -73,13 +73,13 @@ def _check_distribution(name: str, probabilities: Array) -> None:
 
 def _check_mdp(mdp: object) -> None:
     if not isinstance(mdp, TabularMDP):
-        raise TypeError(f"mdp must be a TabularMDP, not {mdp!r} of type {type(mdp).__name__}")
+        raise TypeError(f"mdp must be a TabularMDP, not a {type(mdp).__name__}")
 
 
 # --- the problem -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class TabularMDP:
     """
     A finite Markov decision process. Checked when it is built; its arrays are read-only float64 copies.
@@ -103,7 +103,7 @@ class TabularMDP:
     #: probabilities of termination, always ``(n_states, n_actions, n_states)``
     terminations: Array
     #: ``discount * P(s' | s, a)`` of the transitions that go on, ``(n_states, n_actions, n_states)``
-    kernel: Array = field(init=False, repr=False)
+    kernel: Array = field(init=False)
 
     def __init__(
         self,
@@ -133,6 +133,9 @@ class TabularMDP:
         object.__setattr__(self, "discount", float(discount))
         object.__setattr__(self, "terminations", np.broadcast_to(terminations, shape))
         object.__setattr__(self, "kernel", kernel)
+
+    def __repr__(self) -> str:
+        return f"TabularMDP(n_states={self.n_states}, n_actions={self.n_actions}, discount={self.discount})"
 
     @property
     def n_states(self) -> int:
@@ -314,7 +317,7 @@ def _iterate(
     """Takes steps until what is observed changes no more; the one loop of this module."""
     observed = observe(state)
     residual, iterations = math.inf, 0
-    while residual > tolerance and iterations < max_iterations:
+    while residual >= tolerance and iterations < max_iterations:  # the tolerance 0 never ends it
         state = step(state)
         previous, observed = observed, observe(state)
         residual = max(
@@ -367,12 +370,14 @@ def value_iteration(
     dynamic policy programming (DPP)    above 0          1                     ``"boltzmann"`` or ``"lse"``
     ==================================  ===============  ====================  =======================================
 
-    With ``munchausen_alpha`` the q are *preferences*: their policy is optimal for the entropy regularisation
-    ``(1 - munchausen_alpha) * temperature``, and their action gaps are ``1 / (1 - munchausen_alpha)`` times as large as
-    those of its action values (without a clip, and for ``"lse"`` and ``"mellowmax"``). In DPP the preferences of
-    suboptimal actions fall for ever, by ``V* - Q*`` per iteration, while V and the policy converge to the optimal ones of
-    the MDP without regularisation: there the residual is that of V and of the policy. To look at iteration k, ask for
-    ``max_iterations=k, tolerance=0``.
+    With ``munchausen_alpha`` the q are *preferences*. For ``"lse"`` and ``"mellowmax"`` without a clip, their V and their
+    policy are those of the same operator without the gap term at the temperature ``(1 - munchausen_alpha) * temperature``,
+    and their action gaps are ``1 / (1 - munchausen_alpha)`` times as large. Without terminations the two operators have the
+    same policies in every iteration.
+
+    In DPP the preferences of suboptimal actions fall for ever, in the end by ``V* - Q*`` per iteration, while V and the
+    policy converge to those of value iteration: there the residual is that of V and of the policy. To look at iteration
+    k, ask for ``max_iterations=k, tolerance=0``.
 
     With ``"boltzmann"`` the update need not be a contraction (Asadi and Littman 2017): it may have several fixed points,
     or not converge.
@@ -386,7 +391,7 @@ def value_iteration(
     :param munchausen_clip: lower bound of the gap term, at most 0; -inf for none
     :param operator: ``"lse"`` (log-sum-exp), ``"mellowmax"`` (log-mean-exp) or ``"boltzmann"`` (average)
     :param initial_q_values: where to start, ``(n_states, n_actions)``; zeros if None
-    :param tolerance: of the residual, at least 0; 0 for exactly ``max_iterations`` (or until nothing changes at all)
+    :param tolerance: of the residual, at least 0; 0 for exactly ``max_iterations``
     :param max_iterations: at least 1; a warning says when they did not suffice
     :return: q, ``V(q)`` and ``boltzmann_policy(q, temperature)``
     :raises TypeError: if an argument is not of its type
@@ -454,7 +459,7 @@ def policy_iteration(
     :param mdp: the problem
     :param temperature: weight of the entropy, in the unit of the rewards, at least 0
     :param initial_q_values: their policy is the first, ``(n_states, n_actions)``; zeros if None
-    :param tolerance: of the residual, at least 0; 0 for exactly ``max_iterations`` (or until nothing changes at all)
+    :param tolerance: of the residual, at least 0; 0 for exactly ``max_iterations``
     :param max_iterations: at least 1; a warning says when they did not suffice
     :return: action values, their soft (or greatest) values, and their Boltzmann (or greedy) policy
     :raises TypeError: if an argument is not of its type
@@ -502,7 +507,6 @@ def mirror_descent(
     :param ent_coef: weight of the entropy, at least 0; not both may be 0
     :param initial_q_values: where to start, ``(n_states, n_actions)``; zeros if None
     :param tolerance: of the residual of q and of the policy, at least 0; 0 for exactly ``max_iterations``
-        (or until nothing changes at all)
     :param max_iterations: at least 1; a warning says when they did not suffice
     :return: q, V and the next policy, as written above
     :raises TypeError: if an argument is not of its type

@@ -96,6 +96,8 @@ class Temperature(nn.Module):
     ) -> None:
         super().__init__()
         self.learned = isinstance(temperature, str) and temperature.startswith("auto")
+        # Whether there is nothing to update
+        self.constant = not isinstance(temperature, str) and not callable(temperature)
         if not self.learned:
             self.schedule = temperature_schedule(temperature)
             self.update(1.0)

@@ -1,5 +1,7 @@
 """The value-based family: everything that its algorithms have in common."""
 
+import math
+from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -15,11 +17,24 @@ from torch.nn import functional as F
 from sb3_softq import operators
 from sb3_softq.checks import check_choice, check_integer, check_number
 from sb3_softq.diagnostics import check_finite, find_divergence, policy_statistics
-from sb3_softq.replay import GrowingDictReplayBuffer, GrowingNStepReplayBuffer, GrowingReplayBuffer
+from sb3_softq.flat import FlatUpdater, Updater
+from sb3_softq.replay import (
+    GrowingDictReplayBuffer,
+    GrowingNStepReplayBuffer,
+    GrowingReplayBuffer,
+    GrowingStorage,
+    split_samples,
+)
 from sb3_softq.temperature import Temperature
-from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QNetwork, QPolicy
+from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QNetwork, QPolicy, is_vector_space
 
 SelfValueBasedAlgorithm = TypeVar("SelfValueBasedAlgorithm", bound="ValueBasedAlgorithm")
+
+# Memory of the minibatches that are sampled at once: a few of Atari's, hundreds of a classic control task's
+CHUNK_BYTES = 2**23
+
+# Updates between two reports to the logger: the statistics cost as much as a third of a small network's update
+REPORT_INTERVAL = 16
 
 EXPLORATIONS = ("boltzmann", "eps_greedy", "boltzmann_eps")
 
@@ -62,6 +77,8 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
     }
     # Whether temperature="auto" is possible
     learns_temperature: ClassVar[bool] = False
+    # Whether updates run on flat tensors where they can; the plain path is there to compare with
+    flat_parameters: ClassVar[bool] = True
 
     exploration_schedule: Schedule
     policy: QPolicy
@@ -183,6 +200,12 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         super()._setup_model()
         self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
         self._create_aliases()
+        self._updater: Updater | None = None
+        # Losses and gradient norms since the last report
+        self._losses: list[tuple[th.Tensor, th.Tensor]] = []
+        self._next_report = 0
+        # Shape of the observations that need no preprocessing; no shape is equal to None
+        self._vector_shape = self.observation_space.shape if is_vector_space(self.observation_space) else None
         # Running statistics of batch norm, which the target network copies
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
@@ -222,7 +245,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         self.q_net_target = self.policy.q_net_target  # type: ignore[assignment]
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ["q_net", "q_net_target", "exploration_schedule", "temperature_module"]
+        derived = ["q_net", "q_net_target", "exploration_schedule", "temperature_module", "_updater", "_vector_shape", "_losses", "_next_report"]
         return [*super()._excluded_save_params(), *derived, "batch_norm_stats", "batch_norm_stats_target"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -251,18 +274,26 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         :param deterministic: whether to take the action of the highest value
         :return: the actions, and ``state`` as it came
         """
-        self.policy.set_training_mode(False)
-        obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
-        with th.no_grad():
-            q_values = self.policy.q_values(obs_tensor)
-            if deterministic or self.exploration == "eps_greedy":
-                actions = q_values.argmax(dim=1).cpu().numpy()
-            else:
-                actions = self._sample_policy(q_values).cpu().numpy()
+        q_values, vectorized_env = self._act_on(observation)
+        if deterministic or self.exploration == "eps_greedy":
+            actions = q_values.argmax(dim=1).cpu().numpy()
+        else:
+            actions = self._sample_policy(q_values).cpu().numpy()
         if not deterministic and self.exploration != "boltzmann":
             for i in np.flatnonzero(np.random.rand(len(actions)) < self.exploration_rate):
                 actions[i] = self.action_space.sample()
         return (actions if vectorized_env else actions[0]), state
+
+    def _act_on(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[th.Tensor, bool]:
+        """Action values of observations, without gradients, and whether there was a dimension for the environments."""
+        self.policy.set_training_mode(False)
+        if isinstance(observation, np.ndarray) and observation.shape[1:] == self._vector_shape:
+            # What obs_to_tensor() does for a batch of vectors, less the copies
+            obs_tensor, vectorized_env = th.as_tensor(observation, device=self.device), True
+        else:
+            obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
+        with th.no_grad():
+            return self.policy.q_values(obs_tensor), vectorized_env
 
     def _sample_policy(self, q_values: th.Tensor) -> th.Tensor:
         """Actions drawn from the Boltzmann policy, by adding Gumbel noise to the logits; ``(batch_size,)``."""
@@ -271,10 +302,8 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         return (q_values + self.current_temperature * gumbel).argmax(dim=1)
 
     def _evaluate(self, observation: np.ndarray | dict[str, np.ndarray], function: Any) -> np.ndarray:
-        self.policy.set_training_mode(False)
-        obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
-        with th.no_grad():
-            result = function(self.policy.q_values(obs_tensor), self.current_temperature).cpu().numpy()
+        q_values, vectorized_env = self._act_on(observation)
+        result = function(q_values, self.current_temperature).cpu().numpy()
         return result if vectorized_env else result[0]
 
     def q_values(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
@@ -322,10 +351,13 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
     ) -> None:
         check_finite("rewards", reward, self.num_timesteps)
         check_finite("observations", new_obs, self.num_timesteps)
-        if dones.any():
-            for info, done in zip(infos, dones, strict=True):
-                if done:
-                    check_finite("observations", info.get("terminal_observation"), self.num_timesteps)
+        if not dones.any() and self._vec_normalize_env is None:
+            # Nothing to replace in new_obs, so no copy is needed: the buffer makes its own
+            replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
+            self._last_original_obs = self._last_obs = new_obs  # type: ignore[assignment]
+            return
+        for info in infos:
+            check_finite("observations", info.get("terminal_observation"), self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def _on_step(self) -> None:
@@ -333,14 +365,25 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         self._n_calls += 1
         # Each call to step() corresponds to n_envs transitions
         if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
-            polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
+            self._get_updater().update_target(self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
-        self.temperature_module.update(self._current_progress_remaining)
+        if not self.temperature_module.constant:
+            self.temperature_module.update(self._current_progress_remaining)
         self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
         if self.exploration != "boltzmann":
             self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
     # ------------------------------------------------------------------ learning
+
+    def _target_q_values(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+        """The target network's action values at s and s', of one pass through it; ``(batch_size, n_actions)`` each."""
+        observations, next_observations = replay_data.observations, replay_data.next_observations
+        if isinstance(observations, dict):
+            both: Any = {key: th.cat([observations[key], next_observations[key]]) for key in observations}  # type: ignore[index,call-overload]
+        else:
+            both = th.cat([observations, next_observations])
+        q_values, next_q_values = self.q_net_target(both).chunk(2)
+        return q_values, next_q_values
 
     def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
@@ -370,42 +413,80 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
         return operators.bellman_target(replay_data.rewards + bonus, replay_data.dones, discounts, next_values)
 
+    def _targets_frozen(self) -> bool:
+        """Whether targets stay as they are while :meth:`train` runs, so that all of a call can be computed together."""
+        return not self.temperature_module.learned
+
+    def _minibatches(
+        self, gradient_steps: int, batch_size: int
+    ) -> Iterator[tuple[ReplayBufferSamples, th.Tensor, dict[str, th.Tensor]]]:
+        """
+        The minibatches of a call of :meth:`train`, with their targets and what to log of these.
+
+        Our own buffers are sampled for many minibatches at once, and frozen targets are computed for them together.
+        """
+        assert self.replay_buffer is not None
+        at_once = 1
+        if isinstance(self.replay_buffer, GrowingStorage):
+            at_once = max(1, CHUNK_BYTES // (batch_size * self.replay_buffer.transition_bytes))
+        for start in range(0, gradient_steps, at_once):
+            n_batches = min(at_once, gradient_steps - start)
+            samples = self.replay_buffer.sample(n_batches * batch_size, env=self._vec_normalize_env)
+            minibatches = split_samples(samples, n_batches)
+            if self._targets_frozen():
+                with th.no_grad():
+                    targets, metrics = self._compute_targets(samples)
+                for minibatch, minibatch_targets in zip(minibatches, targets.chunk(n_batches), strict=True):
+                    yield minibatch, minibatch_targets, metrics
+            else:
+                for minibatch in minibatches:
+                    with th.no_grad():
+                        targets, metrics = self._compute_targets(minibatch)
+                    yield minibatch, targets, metrics
+
+    def _get_updater(self) -> Updater:
+        """What applies gradients and updates the target network: on flat tensors where these can serve."""
+        if self._updater is None or not self._updater.intact():
+            flat = self.flat_parameters and FlatUpdater.possible(self.q_net, self.q_net_target)
+            self._updater = (FlatUpdater if flat else Updater)(self.q_net, self.q_net_target, self.policy.optimizer)
+        return self._updater
+
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
+        updater = self._get_updater()
 
-        losses, grad_norms = [], []
-        for _ in range(gradient_steps):
-            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            with th.no_grad():
-                targets, target_metrics = self._compute_targets(replay_data)
+        for replay_data, targets, target_metrics in self._minibatches(gradient_steps, batch_size):
             sample_losses, q_values = self._compute_loss(replay_data, targets)
             loss = sample_losses.mean()
-
-            self.policy.optimizer.zero_grad()
-            loss.backward()
-            grad_norm = th.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
-            if not th.isfinite(loss + grad_norm):
+            grad_norm = updater.backward(loss, self.max_grad_norm)
+            if not math.isfinite(loss.item() + grad_norm.item()):
                 raise find_divergence(replay_data, targets, q_values, loss, self._n_updates, self.num_timesteps)
-            self.policy.optimizer.step()
+            updater.step()
             self._n_updates += 1
+            self._losses.append((loss.detach(), grad_norm))
 
             if self.temperature_module.learned:
                 entropies = operators.entropy(q_values, self.current_temperature)
                 self.temperature_module.learn(entropies, self.policy.optimizer.param_groups[0]["lr"])
-            losses.append(loss.detach())
-            grad_norms.append(grad_norm)
 
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self._n_updates >= self._next_report:
+            self._next_report = self._n_updates + REPORT_INTERVAL
+            self._report(q_values, target_metrics)
+
+    def _report(self, q_values: th.Tensor, target_metrics: dict[str, th.Tensor]) -> None:
+        """Log the means since the last report, and statistics of the last minibatch, with one read from the device."""
+        losses, grad_norms = zip(*self._losses, strict=True)
+        self._losses.clear()
         metrics = {
             "loss": th.stack(losses).mean(),
             "grad_norm": th.stack(grad_norms).mean(),
             **policy_statistics(q_values, self.current_temperature),
             **target_metrics,
         }
-        # The only read from the device
         for name, value in zip(metrics, th.stack(list(metrics.values())).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def learn(
         self: SelfValueBasedAlgorithm,

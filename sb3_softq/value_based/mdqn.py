@@ -103,8 +103,8 @@ class MunchausenDQN(ValueBasedAlgorithm):
         # r + alpha * clip(temperature * log pi(a|s), clip, 0) + gamma * V(s'), all of the target network
         # (arXiv:2007.14430, equation 2)
         temperature = self.current_temperature
-        q_values = self.q_net_target(replay_data.observations)
-        next_values = operators.soft_value(self.q_net_target(replay_data.next_observations), temperature)
+        q_values, next_q_values = self._target_q_values(replay_data)
+        next_values = operators.soft_value(next_q_values, temperature)
         log_policy = operators.gap_bonus(q_values, replay_data.actions, temperature, self.munchausen_clip)
         targets = self._bellman_target(replay_data, next_values, bonus=self.munchausen_alpha * log_policy)
         return targets, {"munchausen_clip_fraction": (log_policy <= self.munchausen_clip).to(log_policy.dtype).mean()}

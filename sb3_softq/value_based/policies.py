@@ -18,8 +18,26 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.dqn.policies import QNetwork as DQNQNetwork
 from torch import nn
 
+from sb3_softq.mlp import relu_mlp, relu_mlp_layers
+
 # Smallest height and width that NatureCNN's three convolutions can read
 NATURE_CNN_MIN_SIZE = 36
+
+
+# Modules that are the same in training and in evaluation mode
+MODELESS_MODULES = (
+    nn.Linear, nn.Conv2d, nn.Flatten, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.LayerNorm, nn.Identity,
+    nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Mish, nn.Sigmoid,
+)  # fmt: skip
+
+
+def is_vector_space(observation_space: spaces.Space) -> bool:
+    """
+    Whether observations are vectors of numbers.
+
+    :param observation_space: observation space of the environment
+    """
+    return isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 1
 
 
 class SmallImageCNN(BaseFeaturesExtractor):
@@ -143,6 +161,25 @@ class QNetwork(DQNQNetwork):
                 *create_mlp(self.features_dim, -1, trunk, self.activation_fn),
                 DuelingHead(head_dim, hidden_units, int(self.action_space.n), self.activation_fn),
             )
+        # Observations that are their own features need neither preprocessing nor flattening
+        self.reads_vectors = type(self.features_extractor) is FlattenExtractor and is_vector_space(self.observation_space)
+        self.mlp_layers = relu_mlp_layers(self.q_net)
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Action values.
+
+        :param obs: observations
+        :return: ``(batch_size, n_actions)``
+        """
+        if self.reads_vectors:
+            assert isinstance(obs, th.Tensor)  # for mypy
+            features = obs if obs.dtype == th.float32 else obs.to(next(self.parameters()).dtype)
+        else:
+            features = self.extract_features(obs, self.features_extractor)
+        if self.mlp_layers is None or any(layer._forward_hooks for layer in self.mlp_layers):
+            return self.q_net(features)
+        return relu_mlp(features, self.mlp_layers)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "dueling": self.dueling}
@@ -212,6 +249,24 @@ class QPolicy(DQNPolicy):
             optimizer_class,
             optimizer_kwargs,
         )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        ours = (BasePolicy, FlattenExtractor, NatureCNN, SmallImageCNN, ImageCombinedExtractor, DuelingHead)
+        # Whether anything, such as batch norm, dropout or a module that we do not know, depends on the mode
+        self.has_modes = not all(
+            type(module) in MODELESS_MODULES or isinstance(module, ours) for module in self.q_net.modules()
+        )
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Switch between training and evaluation mode, where anything depends on it (batch norm and dropout do).
+
+        :param mode: True for training mode
+        """
+        if self.has_modes:
+            super().set_training_mode(mode)
+        self.training = mode
 
     @staticmethod
     def default_features_extractor(observation_space: spaces.Space) -> type[BaseFeaturesExtractor]:

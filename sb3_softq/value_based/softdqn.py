@@ -91,6 +91,9 @@ class SoftDQN(ValueBasedAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
+    def _targets_frozen(self) -> bool:
+        return not self.double_q and super()._targets_frozen()
+
     def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         next_q_values = self.q_net_target(replay_data.next_observations)
         if self.double_q:

@@ -48,7 +48,8 @@ def main() -> None:
         _adapt_to_hub()
         function = getattr(importlib.import_module(module_name), function_name) if function_name else None
     except ModuleNotFoundError as error:
-        sys.exit(f'`{program} {command}` needs {error.name}, which is not installed: pip install "sb3-softq[zoo]"')
+        missing = str(error.name).partition(".")[0]
+        sys.exit(f'`{program} {command}` needs {missing}, which is not installed: pip install "sb3-softq[zoo]"')
     if command == "record_training":
         _redirect_record_video()
     if function is not None:
@@ -89,7 +90,7 @@ def _redirect_record_video() -> None:
             command = [sys.executable, "-m", "sb3_softq", "record_video", *command[3:]]
         return upstream_call(command, *args, **kwargs)
 
-    subprocess.call = call
+    subprocess.call = call  # type: ignore[assignment]
 
 
 def _adapt_to_hub() -> None:
@@ -101,6 +102,7 @@ def _adapt_to_hub() -> None:
     # The package has a function of the same name, so this is the way to the module
     pushing = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(pushing, "generate_metadata"):
+        # Upstream writes the result as YAML, which takes a plain dictionary
         pushing.generate_metadata = lambda *args: pushing._generate_metadata(*args).to_dict()  # type: ignore[attr-defined]
 
     upstream_load = huggingface_sb3.load_from_hub

@@ -26,7 +26,7 @@ def default_config(algo: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise FileNotFoundError(f"The settings of {algo!r} are neither in {candidates[0]} nor in {candidates[1]}: reinstall sb3_softq")
+    raise FileNotFoundError(f"Neither {candidates[0]} nor {candidates[1]} is there: reinstall sb3_softq")
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def _extend_experiment_manager() -> None:
             upstream_learn(self, model)
         except Exception as error:
             if self.algo in ALGOS:
-                print(f"Training stopped after {model.num_timesteps} steps ({type(error).__name__}), the model is saved as it is")
+                print(f"{type(error).__name__} after {model.num_timesteps} steps: the model is saved as it is")
                 self.save_trained_model(model)
             raise
 
@@ -92,8 +92,8 @@ def _check_settings_exist(config: str, env_id: str, is_atari: bool) -> None:
     if env_id not in sections and not (is_atari and "atari" in sections):
         raise ValueError(
             f"No settings for {env_id} in {config}, which has {', '.join(sections)}. Write a section `{env_id}:` (at least "
-            "`n_timesteps: 100000` and `policy: MlpPolicy`) into a YAML file of your own and pass it with `--conf-file FILE.yml`; "
-            "single settings can then be changed on the command line with `--hyperparams key:value`."
+            "`n_timesteps: 100000` and `policy: MlpPolicy`) into a YAML file and pass it with `--conf-file FILE.yml`; "
+            "single settings are then changed on the command line with `--hyperparams key:value`."
         )
 
 

@@ -1,0 +1,235 @@
+"""
+Parameters, gradients and optimiser moments as views of one flat tensor each.
+
+A network of this family has a dozen small tensors, and an update in SB3 spends most of its time on calling an operation
+for each of them. With the modules' tensors as views of one, zeroing the gradients, their norm, clipping, the optimiser's
+step and the target network's update are one operation each. The modules and the optimiser stay what they are: their
+tensors keep their shapes, their state dicts the usual format, and any optimiser works on them.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.utils import polyak_update
+from torch import nn
+
+
+class FlatParameters:
+    """
+    The trainable parameters of a network, and their gradients, as views of :attr:`data` and :attr:`grad`.
+
+    Whatever replaces a parameter's tensor (moving the network to another device, for instance) ends that; ask
+    :meth:`intact`, and make a new object.
+
+    :param parameters: parameters of one dtype on one device
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.data = th.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
+        self.grad = th.zeros_like(self.data)
+        self._grads = self.views(self.grad)
+        for parameter, data, grad in zip(self.parameters, self.views(self.data), self._grads, strict=True):
+            parameter.data = data
+            parameter.grad = grad
+        self._pointers = [parameter.data_ptr() for parameter in self.parameters]
+
+    @staticmethod
+    def possible(parameters: Iterable[nn.Parameter]) -> bool:
+        """
+        Whether parameters have one dtype and one device, and there are any.
+
+        :param parameters: parameters of a network
+        """
+        return len({(parameter.dtype, parameter.device) for parameter in parameters if parameter.requires_grad}) == 1
+
+    def views(self, flat: th.Tensor) -> list[th.Tensor]:
+        """
+        A flat tensor cut into the parameters' shapes.
+
+        :param flat: ``(n_parameters,)``
+        :return: views of it
+        """
+        pieces = flat.split([parameter.numel() for parameter in self.parameters])
+        return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+
+    def intact(self) -> bool:
+        """Whether the parameters and gradients are still the views that this object made."""
+        return all(
+            parameter.data_ptr() == pointer and parameter.grad is grad
+            for parameter, pointer, grad in zip(self.parameters, self._pointers, self._grads, strict=True)
+        )
+
+
+class FlatOptimizer:
+    """
+    Steps of an optimiser on :class:`FlatParameters`.
+
+    For Adam and AdamW on the CPU a step is one fused operation on the flat tensors, whose moments the optimiser's state
+    holds as views. Every other optimiser takes its own step, which sees the parameters in their shapes.
+
+    :param optimizer: optimiser of all the flat parameters
+    :param flat: the parameters
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer, flat: FlatParameters) -> None:
+        self.optimizer = optimizer
+        self.flat = flat
+        self._fused = self._fused_operation()
+        if self._fused is not None:
+            self._share_moments()
+
+    def _fused_operation(self) -> Any:
+        """The fused operation that computes the optimiser's step, or None if there is none."""
+        operation = {th.optim.Adam: "_fused_adam_", th.optim.AdamW: "_fused_adamw_"}.get(type(self.optimizer))
+        groups = self.optimizer.param_groups
+        if operation is None or not hasattr(th, operation) or self.flat.data.device.type != "cpu" or len(groups) != 1:
+            return None
+        # Since torch 2.7 AdamW is an Adam with this flag, which Adam has too
+        if groups[0].get("decoupled_weight_decay"):
+            operation = "_fused_adamw_"
+        unusual = any(groups[0].get(option) for option in ("amsgrad", "maximize", "differentiable", "capturable"))
+        hooks = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
+        trained = [parameter for parameter in groups[0]["params"] if parameter.requires_grad]
+        same = len(trained) == len(self.flat.parameters) and all(
+            own is other for own, other in zip(trained, self.flat.parameters, strict=True)
+        )
+        steps = {float(state["step"]) for state in self._states() if "step" in state}
+        complete = sum("step" in state for state in self._states()) in (0, len(self.flat.parameters))
+        return getattr(th, operation) if same and complete and len(steps) <= 1 and not unusual and not hooks else None
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [self.optimizer.state.get(parameter, {}) for parameter in self.flat.parameters]
+
+    def _share_moments(self) -> None:
+        """Move the optimiser's state into flat tensors, of which it holds views from then on."""
+        self.exp_avg, self.exp_avg_sq = th.zeros_like(self.flat.data), th.zeros_like(self.flat.data)
+        # A step counter for each parameter, as the optimiser keeps them
+        self.steps = th.zeros(len(self.flat.parameters))
+        moments = zip(self.flat.views(self.exp_avg), self.flat.views(self.exp_avg_sq), strict=True)
+        self._shared = [
+            {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            for step, (exp_avg, exp_avg_sq) in zip(self.steps.unbind(), moments, strict=True)
+        ]
+        for parameter, old, new in zip(self.flat.parameters, self._states(), self._shared, strict=True):
+            for name, value in old.items():
+                new[name].copy_(th.as_tensor(value))
+            self.optimizer.state[parameter] = new
+
+    def intact(self) -> bool:
+        """Whether the optimiser's state is still what this object made (loading a state replaces it)."""
+        if self._fused is None:
+            return self._fused_operation() is None
+        state = self.optimizer.state
+        return all(
+            state.get(parameter, {}).get("exp_avg") is shared["exp_avg"]
+            for parameter, shared in zip(self.flat.parameters, self._shared, strict=True)
+        )
+
+    def step(self) -> None:
+        """One step with the gradients in ``flat.grad``."""
+        if self._fused is None:
+            self.optimizer.step()
+            return
+        group = self.optimizer.param_groups[0]
+        self.steps.add_(1)
+        self._fused(
+            [self.flat.data],
+            [self.flat.grad],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [self.steps[0]],
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None,
+            found_inf=None,
+        )
+
+
+class Updater:
+    """
+    What an update does to a network after the loss: gradients, clipping, the optimiser's step, the target network.
+
+    This is the plain form, one operation for each parameter and each purpose; :class:`FlatUpdater` is the fast one.
+
+    :param network: the trained network
+    :param target: its target network
+    :param optimizer: the optimiser of all trainable parameters of ``network``
+    """
+
+    def __init__(self, network: nn.Module, target: nn.Module, optimizer: th.optim.Optimizer) -> None:
+        self.network, self.target, self.optimizer = network, target, optimizer
+
+    def intact(self) -> bool:
+        """Whether the object still serves: nothing it refers to was replaced."""
+        return True
+
+    def backward(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
+        """
+        Gradients of a loss, clipped.
+
+        :param loss: without dimensions
+        :param max_grad_norm: largest norm
+        :return: the norm before clipping, without dimensions
+        """
+        self.optimizer.zero_grad()
+        loss.backward()
+        return nn.utils.clip_grad_norm_(self.network.parameters(), max_grad_norm)
+
+    def step(self) -> None:
+        """One step of the optimiser."""
+        self.optimizer.step()
+
+    def update_target(self, tau: float) -> None:
+        """
+        Move the target network's parameters towards the network's.
+
+        :param tau: Polyak coefficient; 1 copies
+        """
+        polyak_update(self.network.parameters(), self.target.parameters(), tau)
+
+
+class FlatUpdater(Updater):
+    """:class:`Updater` on flat tensors: the same numbers, up to the order of the sum in the norm, in fewer operations."""
+
+    def __init__(self, network: nn.Module, target: nn.Module, optimizer: th.optim.Optimizer) -> None:
+        super().__init__(network, target, optimizer)
+        self.flat = FlatParameters(network.parameters())
+        self.flat_target = FlatParameters(target.parameters())
+        self.flat_optimizer = FlatOptimizer(optimizer, self.flat)
+
+    @staticmethod
+    def possible(network: nn.Module, target: nn.Module) -> bool:
+        """
+        Whether the networks can have flat parameters.
+
+        :param network: the trained network
+        :param target: its target network
+        """
+        return FlatParameters.possible(network.parameters()) and FlatParameters.possible(target.parameters())
+
+    def intact(self) -> bool:
+        return self.flat.intact() and self.flat_target.intact() and self.flat_optimizer.intact()
+
+    def backward(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
+        grad = self.flat.grad
+        grad.zero_()
+        loss.backward()
+        norm = th.linalg.vector_norm(grad)
+        # As clip_grad_norm_ does: never a branch that waits for the device
+        grad.mul_((max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+        return norm
+
+    def step(self) -> None:
+        self.flat_optimizer.step()
+
+    def update_target(self, tau: float) -> None:
+        with th.no_grad():
+            self.flat_target.data.lerp_(self.flat.data, tau)
