@@ -40,7 +40,7 @@ $(VENV)/.torch: FORCE
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))" || \
 		{ echo "sb3_softq needs Python 3.10 to 3.13: name one with PYTHON=, e.g. make demo PYTHON=python3.12"; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@if [ ! -e $@ ] || [ "$(TORCH)" != torch ] && [ "$(TORCH)" != "$$(cat $@)" ]; then \
+	@if [ ! -e $@ ] || [ "$(TORCH)" != torch ] && [ "$(TORCH)" != "$$(cat $@ 2> /dev/null)" ]; then \
 		echo "Installing $(TORCH) into $(VENV)"; $(PIP) install $(TORCH) && echo "$(TORCH)" > $@; fi
 
 $(VENV)/.zoo: $(VENV)/.torch pyproject.toml

@@ -14,6 +14,7 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 import gymnasium as gym
 import matplotlib
 import numpy as np
+import torch as th
 from PIL import Image
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
@@ -32,7 +33,7 @@ EVAL_SEED, FILM_SEED = 1_000_000, 2_000_000
 
 def evaluate(model: BaseAlgorithm, env_id: str) -> np.ndarray:
     """Returns of the deterministic policy."""
-    env = make_vec_env(env_id, n_envs=10, seed=EVAL_SEED)
+    env = make_vec_env(env_id, n_envs=25, seed=EVAL_SEED)
     returns, _ = evaluate_policy(model, env, N_EVAL_EPISODES, deterministic=True, return_episode_rewards=True)
     env.close()
     return np.array(returns)
@@ -41,7 +42,7 @@ def evaluate(model: BaseAlgorithm, env_id: str) -> np.ndarray:
 def plot(run: Path, algo: str, env_id: str, returns: np.ndarray, path: Path) -> None:
     """Learning curve: episodes while training, evaluations on the way, and the final evaluation."""
     episodes = load_results(str(run))
-    steps, rewards = np.cumsum(episodes["l"]), episodes["r"]
+    steps, rewards = episodes["l"].cumsum(), episodes["r"]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, rewards, ".", color="C0", alpha=0.2, label="training episodes (exploring)")
     axes.plot(steps, rewards.rolling(20, min_periods=1).mean(), color="C0", label="their mean over 20 episodes")
@@ -69,7 +70,9 @@ def film(model: BaseAlgorithm, env_id: str, path: Path, every: int = 2, width: i
         if step % every == 0:
             image = Image.fromarray(np.asarray(env.render()))
             height = round(image.height * width / image.width)
-            frames.append(image.resize((width, height), Image.Resampling.LANCZOS).quantize(64))
+            frames.append(
+                image.resize((width, height), Image.Resampling.BILINEAR).quantize(64, method=Image.Quantize.FASTOCTREE)
+            )
         action, _ = model.predict(observation, deterministic=True)
         observation, reward, terminated, truncated, _ = env.step(action)
         episode_return += float(reward)
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="holds logs/, gets the picture and the film")
     args = parser.parse_args()
 
+    th.set_num_threads(1)
     run = args.folder / "logs" / args.algo / f"{args.env}_1"
     model = ALGOS[args.algo].load(run / f"{args.env}.zip", device="cpu")
     returns = evaluate(model, args.env)

@@ -10,6 +10,8 @@ and a final evaluation. Runs that are already there, with the same settings, are
 
 import argparse
 import concurrent.futures
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 DOCS_IMAGES = Path(__file__).parent.parent / "docs" / "_static"
@@ -45,27 +49,41 @@ def build(algo: str, env_id: str, seed: int, n_timesteps: int, log_folder: str) 
 
     sb3_softq.zoo.register()
     args = argparse.Namespace(algo=algo, env=env_id, seed=seed)
-    manager = ExperimentManager(
-        args,
-        algo,
-        env_id,
-        log_folder,
-        n_timesteps=n_timesteps,
-        eval_freq=-1,
-        seed=seed,
-        verbose=0,
-        device="cpu",
-        hyperparams=DQN_SETTINGS.get(env_id) if algo == "dqn" else None,
-        config=str(Path(sb3_softq.zoo.default_config("mdqn"))) if algo == "dqn" and env_id in DQN_SETTINGS else None,
-    )
-    setup = manager.setup_experiment()
+    config = None
+    if algo == "dqn" and env_id.startswith("MinAtar"):
+        config = dqn_config(sb3_softq.zoo.default_config("mdqn"), env_id, log_folder)
+    with contextlib.redirect_stdout(io.StringIO()):  # the manager prints the settings, which are in the row
+        manager = ExperimentManager(
+            args,
+            algo,
+            env_id,
+            log_folder,
+            n_timesteps=n_timesteps,
+            eval_freq=-1,
+            seed=seed,
+            verbose=0,
+            device="cpu",
+            config=config,
+        )
+        setup = manager.setup_experiment()
     assert setup is not None
     model, settings = setup
     return manager, model, dict(settings)
 
 
-# The zoo has no DQN settings for MinAtar: DQN gets those of our Munchausen DQN there, less its own parameters.
-DQN_SETTINGS: dict[str, dict[str, Any]] = {}
+def dqn_config(mdqn_config: Path, env_id: str, folder: str) -> str:
+    """The zoo has no settings of DQN for MinAtar: it gets those of Munchausen DQN, and the same network."""
+    settings = yaml.safe_load(mdqn_config.read_text())[env_id]
+    for own in ("temperature", "munchausen_alpha", "munchausen_clip", "exploration"):
+        settings.pop(own, None)
+    # SB3's policies cannot read MinAtar's planes by themselves
+    policy_kwargs = settings.pop("policy_kwargs").replace("dict(", "dict(features_extractor_class=SmallImageCNN, net_arch=[], ", 1)
+    path = Path(folder) / "dqn.py"
+    path.write_text(
+        "from sb3_softq.value_based.policies import SmallImageCNN\n"
+        f"hyperparams = {{{env_id!r}: {{**{settings!r}, 'policy_kwargs': {policy_kwargs}}}}}\n"
+    )
+    return str(path)
 
 
 def run_one(algo: str, env_id: str, seed: int, n_timesteps: int) -> dict[str, Any]:
@@ -151,7 +169,8 @@ def run_suite(name: str, jobs: int, algos: list[str], envs: list[str], seeds: in
             rows = [row for row in read_rows() if (row["algo"], row["env"]) != (algo, env_id) or row["settings"] == settings]
             RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
             done = {row["seed"] for row in rows if (row["algo"], row["env"]) == (algo, env_id)}
-            tasks += [(algo, env_id, seed, suite["envs"][env_id]) for seed in range(seeds or suite["seeds"]) if seed not in done]
+            missing = set(range(seeds or suite["seeds"])) - done
+            tasks += [(algo, env_id, seed, suite["envs"][env_id]) for seed in missing]
     tasks.sort(key=lambda task: task[2])  # the first seed of everything first
     print(f"{len(tasks)} runs to do", flush=True)
 
@@ -169,6 +188,52 @@ def run_suite(name: str, jobs: int, algos: list[str], envs: list[str], seeds: in
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run_in_subprocess, tasks))
+
+
+def interquartile_mean(scores: list[float]) -> tuple[float, float, float]:
+    """Interquartile mean over the seeds, and its 95% interval (bootstrap)."""
+    import numpy as np
+    from rliable import library, metrics
+
+    point, interval = library.get_interval_estimates(
+        {"": np.asarray(scores)[:, None]}, lambda runs: np.array([metrics.aggregate_iqm(runs)]), reps=2000
+    )
+    return float(point[""][0]), float(interval[""][0, 0]), float(interval[""][1, 0])
+
+
+def report(name: str) -> None:
+    """Print a table in Markdown and draw the learning curves."""
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    suite = SUITES[name]
+    rows = read_rows()
+    figure, all_axes = plt.subplots(1, len(suite["envs"]), figsize=(4.2 * len(suite["envs"]), 3.4), squeeze=False)
+    print("| environment, steps | algorithm | seeds | final return | return over the whole run |\n|---|---|---|---|---|")
+    for axes, (env_id, n_timesteps) in zip(all_axes[0], suite["envs"].items(), strict=True):
+        for algo in suite["algos"]:
+            runs = [row for row in rows if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps)]
+            if not runs:
+                continue
+            curves = np.array([[mean for _, mean in row["curve"]] for row in runs])
+            steps = [step for step, _ in runs[0]["curve"]]
+            cells = [interquartile_mean(scores) for scores in ([row["final_mean"] for row in runs], curves.mean(axis=1))]
+            texts = [f"{iqm:.1f} [{low:.1f}, {high:.1f}]" for iqm, low, high in cells]
+            print(f"| {env_id}, {n_timesteps:,} | {algo} | {len(runs)} | {texts[0]} | {texts[1]} |")
+            middle = np.array([interquartile_mean(point) for point in curves.T])
+            axes.plot(steps, middle[:, 0], label=algo)
+            axes.fill_between(steps, middle[:, 1], middle[:, 2], alpha=0.15)
+        axes.set_title(env_id)
+        axes.set_xlabel("environment steps")
+    all_axes[0, 0].set_ylabel(f"return ({N_CURVE_EPISODES} deterministic episodes)")
+    all_axes[0, 0].legend()
+    figure.tight_layout()
+    DOCS_IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(DOCS_IMAGES / f"learning_{name}.png", dpi=110)
+    print(f"\nCurves: {DOCS_IMAGES / f'learning_{name}.png'}")
 
 
 if __name__ == "__main__":
@@ -190,5 +255,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.command == "run":
         run_suite(arguments.suite, arguments.jobs, arguments.algos, arguments.envs, arguments.seeds)
+    elif arguments.command == "report":
+        report(arguments.suite)
     elif arguments.command == "one":
         print(json.dumps(run_one(arguments.algo, arguments.env, arguments.seed, arguments.n_timesteps)))

@@ -117,6 +117,30 @@ class FlatOptimizer:
                 new[name].copy_(th.as_tensor(value))
             self.optimizer.state[parameter] = new
 
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        """Adam's coefficients, or None if the optimiser takes its own steps."""
+        return None if self._fused is None else self.optimizer.param_groups[0]["betas"]
+
+    def settings(self) -> dict[str, Any]:
+        """What of Adam's step is constant."""
+        group = self.optimizer.param_groups[0]
+        decoupled = self._fused is th._fused_adamw_
+        return {**{name: group[name] for name in ("betas", "eps", "weight_decay")}, "decoupled": decoupled}
+
+    @property
+    def n_steps(self) -> int:
+        """Steps so far."""
+        return int(self.steps[0])
+
+    def count_steps(self, n_steps: int) -> None:
+        """
+        Count steps that were taken elsewhere.
+
+        :param n_steps: their number
+        """
+        self.steps.add_(n_steps)
+
     def intact(self) -> bool:
         """Whether the optimiser's state is still what this object made (loading a state replaces it)."""
         if self._fused is None:

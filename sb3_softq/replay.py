@@ -170,8 +170,12 @@ class GrowingReplayBuffer(GrowingStorage, ReplayBuffer):
 class GrowingDictReplayBuffer(GrowingStorage, DictReplayBuffer):  # type: ignore[misc]
     """SB3's ``DictReplayBuffer``, allocated as it fills."""
 
-    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> DictReplayBufferSamples:  # type: ignore[override]
-        return super()._get_samples(batch_inds, env) if env is not None else DictReplayBufferSamples(**self._gather(batch_inds))
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray, env: VecNormalize | None = None
+    ) -> DictReplayBufferSamples:
+        if env is not None:
+            return super()._get_samples(batch_inds, env)
+        return DictReplayBufferSamples(**self._gather(batch_inds))
 
 
 class GrowingNStepReplayBuffer(GrowingStorage, NStepReplayBuffer):

@@ -1,6 +1,8 @@
 """The temperature of an entropy-regularised policy: fixed, scheduled or learned, in one class."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch as th
 from stable_baselines3.common.type_aliases import Schedule
@@ -98,6 +100,7 @@ class Temperature(nn.Module):
         self.learned = isinstance(temperature, str) and temperature.startswith("auto")
         # Whether there is nothing to update
         self.constant = not isinstance(temperature, str) and not callable(temperature)
+        self._replacement: th.Tensor | None = None
         if not self.learned:
             self.schedule = temperature_schedule(temperature)
             self.update(1.0)
@@ -119,6 +122,8 @@ class Temperature(nn.Module):
     @property
     def value(self) -> float | th.Tensor:
         """Current temperature: a number, or for a learned one a detached tensor without dimensions."""
+        if self._replacement is not None:
+            return self._replacement
         return self.log_temperature.detach().exp() if self.learned else self._value
 
     def update(self, progress_remaining: float) -> None:
@@ -143,6 +148,50 @@ class Temperature(nn.Module):
         # J(log_temperature) = log_temperature * (H - H_target), whose gradient is the mean difference
         self.log_temperature.grad = (entropies.detach().mean() - self.target_entropy).to(self.log_temperature)
         self.optimizer.step()
+
+    # What compiled updates need: they take the temperature as an input, and learn it themselves
+
+    def schedule_state(self) -> list[th.Tensor]:
+        """The value of a schedule as a tensor, just above 0 where the schedule ends at 0; nothing without a schedule."""
+        return [] if self.learned or self.constant else [th.tensor(max(self._value, 1e-8))]
+
+    def adam_state(self) -> list[th.Tensor]:
+        """The log of a learned temperature and the optimiser's moments; to be changed in place."""
+        state = self.optimizer.state[self.log_temperature]
+        if not state:
+            zeros = {"step": th.zeros(()), **{name: th.zeros_like(self.log_temperature) for name in ("exp_avg", "exp_avg_sq")}}
+            state.update(zeros)
+        return [self.log_temperature.data, state["exp_avg"], state["exp_avg_sq"]]
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of a learned temperature so far."""
+        return int(self.optimizer.state.get(self.log_temperature, {}).get("step", 0))
+
+    def count_steps(self, n_steps: int) -> None:
+        """
+        Count steps that were taken elsewhere.
+
+        :param n_steps: their number
+        """
+        self.optimizer.state[self.log_temperature]["step"] += n_steps
+
+    @contextmanager
+    def replaced(self, log_temperature: th.Tensor | None, schedule_state: list[th.Tensor]) -> Iterator[None]:
+        """
+        Context in which :attr:`value` comes from inputs.
+
+        :param log_temperature: for a learned temperature
+        :param schedule_state: for one that follows a schedule
+        """
+        if log_temperature is not None:
+            self._replacement = log_temperature.detach().exp()
+        elif schedule_state:
+            (self._replacement,) = schedule_state
+        try:
+            yield
+        finally:
+            self._replacement = None
 
     def extra_repr(self) -> str:
         return f"learned, target_entropy={self.target_entropy:.4g}" if self.learned else f"{self.schedule}"

@@ -16,9 +16,7 @@ from sb3_softq.value_based.base import ValueBasedAlgorithm
 # zoo key -> class; an algorithm joins the tests of the family when it joins ALGOS
 VALUE_BASED = {key: cls for key, cls in ALGOS.items() if issubclass(cls, ValueBasedAlgorithm)}
 
-QUICK = dict(
-    learning_starts=20, buffer_size=500, batch_size=16, policy_kwargs=dict(net_arch=[16]), device="cpu", seed=0
-)
+QUICK = dict(learning_starts=20, buffer_size=500, batch_size=16, policy_kwargs=dict(net_arch=[16]), device="cpu", seed=0)
 
 
 def make_model(algorithm, env="CartPole-v1", policy="MlpPolicy", **kwargs):

@@ -97,9 +97,8 @@ def test_shared_parameters_are_those_of_the_base(algorithm):
 
 def test_learn_has_the_parameters_of_dqn_and_a_default_length(algorithm):
     assert list(parameters_of(algorithm.learn)) == list(parameters_of(DQN.learn))
-    assert all(
-        parameter.default is not parameter.empty for name, parameter in parameters_of(algorithm.learn).items() if name != "self"
-    )
+    ours = [parameter for name, parameter in parameters_of(algorithm.learn).items() if name != "self"]
+    assert all(parameter.default is not parameter.empty for parameter in ours)
 
 
 # ---------------------------------------------------------------------- training options
@@ -128,9 +127,7 @@ OPTIONS = {
     "episodes": dict(train_freq=(1, "episode")),
     "an update for each step": dict(gradient_steps=-1),
     "n-step returns": dict(n_steps=3),
-    "shared observations": dict(
-        optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)
-    ),
+    "shared observations": dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
     "Polyak": dict(tau=0.01, target_update_interval=1),
     "hard updates": dict(tau=1.0, target_update_interval=10),
     "Boltzmann": dict(exploration="boltzmann", temperature=0.1),
@@ -640,9 +637,8 @@ def test_a_seed_decides_everything(algorithm, kwargs, exploration):
 
 
 def test_evaluation_and_checkpoints(algorithm, tmp_path):
-    evaluation = EvalCallback(
-        make_vec_env("CartPole-v1"), eval_freq=50, n_eval_episodes=2, best_model_save_path=tmp_path, log_path=tmp_path, verbose=0
-    )
+    kwargs = dict(best_model_save_path=tmp_path, log_path=tmp_path, verbose=0)
+    evaluation = EvalCallback(make_vec_env("CartPole-v1"), eval_freq=50, n_eval_episodes=2, **kwargs)
     checkpoints = CheckpointCallback(50, tmp_path, save_replay_buffer=True)
     learn(make_model(algorithm), 100, callback=[evaluation, checkpoints], progress_bar=False)
     names = {path.name for path in tmp_path.iterdir()}
@@ -652,8 +648,8 @@ def test_evaluation_and_checkpoints(algorithm, tmp_path):
 
 
 def test_training_stops_at_a_reward(algorithm):
-    stop = StopTrainingOnRewardThreshold(reward_threshold=1)
-    evaluation = EvalCallback(make_vec_env("CartPole-v1"), eval_freq=30, n_eval_episodes=1, callback_on_new_best=stop, verbose=0)
+    kwargs = dict(callback_on_new_best=StopTrainingOnRewardThreshold(reward_threshold=1), verbose=0)
+    evaluation = EvalCallback(make_vec_env("CartPole-v1"), eval_freq=30, n_eval_episodes=1, **kwargs)
     model = make_model(algorithm)
     model.learn(200, evaluation)
     assert model.num_timesteps == 30

@@ -159,9 +159,7 @@ def test_munchausen_solves_munchausen_value_iteration(mdp, temperature, alpha, c
 def test_munchausen_widens_the_action_gaps_and_keeps_the_policy():
     # Temperature t and alpha solve the problem of temperature (1 - alpha) * t, with gaps 1 / (1 - alpha) times as large
     mdp, alpha = MDPS["deterministic"], 0.8
-    q_values, policy, _ = solve(
-        MunchausenDQN, mdp, temperature=TEMPERATURE, munchausen_alpha=alpha, munchausen_clip=-np.inf
-    )
+    q_values, policy, _ = solve(MunchausenDQN, mdp, temperature=TEMPERATURE, munchausen_alpha=alpha, munchausen_clip=-np.inf)
     soft = value_iteration(mdp, (1 - alpha) * TEMPERATURE)
     np.testing.assert_allclose(policy, soft.policy, atol=0.01)
     widest = gaps(soft.q_values).max()

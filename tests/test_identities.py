@@ -89,9 +89,7 @@ def slow_target(model, algorithm, double_q, i, replay_data):
     if double_q:
         online = rows(model.q_net, replay_data.next_observations)[0]
         probabilities = [math.exp((q - soft_value(online, TEMPERATURE)) / TEMPERATURE) for q in online]
-        value = sum(
-            p * (q - TEMPERATURE * math.log(p)) for p, q in zip(probabilities, next_values[0], strict=True)
-        )
+        value = sum(p * (q - TEMPERATURE * math.log(p)) for p, q in zip(probabilities, next_values[0], strict=True))
     bonus = 0.0
     if algorithm is MunchausenDQN:
         values = rows(model.q_net_target, replay_data.observations)[0]

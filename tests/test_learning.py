@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from helpers import VALUE_BASED, make_model
+from helpers import make_model
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -75,14 +75,13 @@ def test_corridor(algorithm):
     assert (np.diff(model.soft_value(np.arange(5))) > 0).all()
 
 
-def test_corridor_with_n_step_returns_and_a_learned_temperature():
-    for algorithm in VALUE_BASED.values():
-        settings = dict(QUICK_LEARNING, n_steps=3)
-        if algorithm.learns_temperature:
-            settings.update(temperature="auto_0.2", target_entropy="auto_0.2")
-        model = make_model(algorithm, Corridor(), buffer_size=5000, **settings, **target_updates(algorithm))
-        model.learn(2000)
-        assert evaluate_policy(model, model.get_env(), n_eval_episodes=1)[0] == pytest.approx(Corridor.best_return)
+def test_corridor_with_n_step_returns(algorithm):
+    settings = dict(QUICK_LEARNING, n_steps=3, buffer_size=5000)
+    if algorithm.learns_temperature:
+        settings.update(temperature="auto_0.2", target_entropy="auto_0.2")
+    model = make_model(algorithm, Corridor(), **settings, **target_updates(algorithm))
+    model.learn(2000)
+    assert evaluate_policy(model, model.get_env(), n_eval_episodes=1)[0] == pytest.approx(Corridor.best_return)
 
 
 @pytest.mark.expensive

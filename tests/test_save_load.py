@@ -22,7 +22,6 @@ from stable_baselines3.common.utils import set_random_seed
 from sb3_softq import SQN, replay
 from sb3_softq.replay import GrowingNStepReplayBuffer
 
-
 # Everything moves in few steps
 LIVELY = dict(tau=0.3, target_update_interval=1, learning_rate=0.01, exploration="boltzmann_eps")
 

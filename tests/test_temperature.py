@@ -211,7 +211,7 @@ def test_bad_temperature(temperature, error, message):
 
 
 def test_where_it_cannot_be_learned():
-    with pytest.raises(ValueError, match="temperature='auto_0.1' cannot be learned .* pass a number"):
+    with pytest.raises(ValueError, match=r"temperature='auto_0.1' cannot be learned .* pass a number"):
         Temperature("auto_0.1", learnable=False)
     assert Temperature(0.1, learnable=False).value == 0.1
 

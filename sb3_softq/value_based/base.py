@@ -1,6 +1,7 @@
 """The value-based family: everything that its algorithms have in common."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from sb3_softq import operators
 from sb3_softq.checks import check_choice, check_integer, check_number
+from sb3_softq.compiled import CompiledUpdate, why_not
 from sb3_softq.diagnostics import check_finite, find_divergence, policy_statistics
 from sb3_softq.flat import FlatUpdater, Updater
 from sb3_softq.replay import (
@@ -65,6 +67,8 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
     :param exploration_initial_eps: initial epsilon
     :param exploration_final_eps: final epsilon
     :param max_grad_norm: largest norm of a gradient
+    :param torch_compile: whether to compile the updates (``torch.compile``; needs a C++ compiler). The first updates wait
+        for the compiler, the later ones are several times faster; where it cannot be used, a warning says why
     :param target_entropy: what a learned temperature aims at, see :func:`~sb3_softq.temperature.entropy_target`
     :raises ValueError: for an argument or a space that the algorithm cannot use
     :raises TypeError: for an argument of the wrong type
@@ -108,6 +112,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
         max_grad_norm: float = 10,
+        torch_compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -149,6 +154,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         self.exploration_initial_eps = exploration_initial_eps
         self.exploration_final_eps = exploration_final_eps
         self.max_grad_norm = max_grad_norm
+        self.torch_compile = torch_compile
         # "epsilon" for the epsilon-greedy exploration
         self.exploration_rate = 0.0
         # Calls of env.step(), for the target network's updates
@@ -164,7 +170,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
                 "for Box actions use an actor-critic algorithm, such as stable_baselines3.SAC"
             )
         if self.action_space.start != 0:
-            raise ValueError(f"{type(self).__name__} takes Discrete actions that start at 0, not action_space={self.action_space}")
+            raise ValueError(f"{type(self).__name__} takes Discrete actions from 0 on, not action_space={self.action_space}")
         if isinstance(self.observation_space, (spaces.Tuple, spaces.Text, spaces.Sequence, spaces.Graph)):
             raise ValueError(
                 f"No policy of {type(self).__name__} reads observation_space={self.observation_space}: "
@@ -204,6 +210,11 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         # Losses and gradient norms since the last report
         self._losses: list[tuple[th.Tensor, th.Tensor]] = []
         self._next_report = 0
+        # Compiled updates by number of minibatches and batch size, and what they were compiled for
+        self._compiled: dict[tuple[int, int], CompiledUpdate] = {}
+        self._compiled_for: Updater | None = None
+        self._compiled_length = 0
+        self._compile_possible = True
         # Shape of the observations that need no preprocessing; no shape is equal to None
         self._vector_shape = self.observation_space.shape if is_vector_space(self.observation_space) else None
         # Running statistics of batch norm, which the target network copies
@@ -245,8 +256,10 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         self.q_net_target = self.policy.q_net_target  # type: ignore[assignment]
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ["q_net", "q_net_target", "exploration_schedule", "temperature_module", "_updater", "_vector_shape", "_losses", "_next_report"]
-        return [*super()._excluded_save_params(), *derived, "batch_norm_stats", "batch_norm_stats_target"]
+        derived = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target", "exploration_schedule"]
+        derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report"]
+        derived += ["_compiled", "_compiled_for", "_compiled_length", "_compile_possible"]
+        return [*super()._excluded_save_params(), *derived]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer", *self.temperature_module.torch_names("temperature_module")], []
@@ -426,9 +439,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         Our own buffers are sampled for many minibatches at once, and frozen targets are computed for them together.
         """
         assert self.replay_buffer is not None
-        at_once = 1
-        if isinstance(self.replay_buffer, GrowingStorage):
-            at_once = max(1, CHUNK_BYTES // (batch_size * self.replay_buffer.transition_bytes))
+        at_once = self._batches_at_once(batch_size)
         for start in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - start)
             samples = self.replay_buffer.sample(n_batches * batch_size, env=self._vec_normalize_env)
@@ -444,6 +455,12 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
                         targets, metrics = self._compute_targets(minibatch)
                     yield minibatch, targets, metrics
 
+    def _batches_at_once(self, batch_size: int) -> int:
+        """Number of minibatches to sample together: as many as are small; a user's own buffer is asked for each."""
+        if not isinstance(self.replay_buffer, GrowingStorage):
+            return 1
+        return max(1, CHUNK_BYTES // (batch_size * self.replay_buffer.transition_bytes))
+
     def _get_updater(self) -> Updater:
         """What applies gradients and updates the target network: on flat tensors where these can serve."""
         if self._updater is None or not self._updater.intact():
@@ -455,6 +472,8 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         updater = self._get_updater()
+        if self.torch_compile and self._compile_possible and self._train_compiled(updater, gradient_steps, batch_size):
+            return
 
         for replay_data, targets, target_metrics in self._minibatches(gradient_steps, batch_size):
             sample_losses, q_values = self._compute_loss(replay_data, targets)
@@ -470,18 +489,66 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
                 entropies = operators.entropy(q_values, self.current_temperature)
                 self.temperature_module.learn(entropies, self.policy.optimizer.param_groups[0]["lr"])
 
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if self._n_updates >= self._next_report:
-            self._next_report = self._n_updates + REPORT_INTERVAL
-            self._report(q_values, target_metrics)
+        self._report(q_values, target_metrics)
+
+    def _train_compiled(self, updater: Updater, gradient_steps: int, batch_size: int) -> bool:
+        """:meth:`train` by compiled updates. Returns whether it did: if they cannot be had, it says why, once."""
+        if (reason := why_not(self, updater)) is not None:
+            self._give_up_compiling(reason)
+            return False
+        if self._compiled_for is not updater:  # something was replaced: what was compiled refers to the old
+            self._compiled_for, self._compiled = updater, {}
+        if self._compiled_length == 0:
+            self._compiled_length = min(gradient_steps, self._batches_at_once(batch_size))
+        done = 0
+        while done < gradient_steps:
+            # Whole calls of the usual length; what is left over, one by one, so that no other length is compiled
+            n_batches = self._compiled_length if gradient_steps - done >= self._compiled_length else 1
+            random_state = np.random.get_state()
+            samples = self.replay_buffer.sample(n_batches * batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            if (n_batches, batch_size) not in self._compiled:
+                try:
+                    update = CompiledUpdate(self, updater, samples, n_batches)  # type: ignore[arg-type]
+                except Exception as error:  # whatever the compiler raises: there is a path without it
+                    if done == 0:
+                        np.random.set_state(random_state)  # for the minibatches to be the same
+                        self._give_up_compiling(f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+                        return False
+                    raise
+                self._compiled[n_batches, batch_size] = update
+                self.logger.record("time/compile_seconds", update.compile_seconds)
+                if self.verbose >= 1:
+                    print(f"Compiled {n_batches} update(s) of batch size {batch_size} in {update.compile_seconds:.1f} s")
+            losses, grad_norms, q_values, target_metrics = self._compiled[n_batches, batch_size](samples)
+            finite = th.isfinite(losses + grad_norms)
+            if not finite.all():
+                first = int((~finite).nonzero()[0])
+                replay_data = split_samples(samples, n_batches)[first]
+                targets, _ = self._compute_targets(replay_data)
+                sample_losses, q_values = self._compute_loss(replay_data, targets)
+                loss, n_updates = sample_losses.mean(), self._n_updates + first
+                raise find_divergence(replay_data, targets, q_values, loss, n_updates, self.num_timesteps)
+            self._losses.append((losses, grad_norms))
+            self._n_updates += n_batches
+            done += n_batches
+        self._report(q_values, target_metrics)
+        return True
+
+    def _give_up_compiling(self, reason: str) -> None:
+        warnings.warn(f"torch_compile=True, but updates are not compiled: {reason}. They run without the compiler, slower")
+        self._compile_possible = False
 
     def _report(self, q_values: th.Tensor, target_metrics: dict[str, th.Tensor]) -> None:
         """Log the means since the last report, and statistics of the last minibatch, with one read from the device."""
-        losses, grad_norms = zip(*self._losses, strict=True)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self._n_updates < self._next_report:
+            return
+        self._next_report = self._n_updates + REPORT_INTERVAL
+        losses, grad_norms = (th.cat([tensor.reshape(-1) for tensor in pieces]) for pieces in zip(*self._losses, strict=True))
         self._losses.clear()
         metrics = {
-            "loss": th.stack(losses).mean(),
-            "grad_norm": th.stack(grad_norms).mean(),
+            "loss": losses.mean(),
+            "grad_norm": grad_norms.mean(),
             **policy_statistics(q_values, self.current_temperature),
             **target_metrics,
         }

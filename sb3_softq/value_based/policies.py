@@ -211,7 +211,8 @@ class TwinQNetwork(BasePolicy):
 
 class QPolicy(DQNPolicy):
     """
-    Action-value network and its target for flat observations; SB3's DQN policy and its parameters, and :
+    Action-value network and its target for flat observations; its parameters are those of SB3's DQN
+    policy, and
 
     :param features_extractor_class: ``None`` chooses the extractor by the observation space
     :param dueling: whether to split the network's head in a value and an advantage stream
@@ -314,7 +315,7 @@ class MultiInputQPolicy(QPolicy):
     @staticmethod
     def default_features_extractor(observation_space: spaces.Space) -> type[BaseFeaturesExtractor]:
         if not isinstance(observation_space, spaces.Dict):
-            raise ValueError(f"MultiInputPolicy reads Dict observations, not observation_space={observation_space}: use MlpPolicy")
+            raise ValueError(f"MultiInputPolicy reads Dict observations, not {observation_space=!s}: use MlpPolicy")
         return ImageCombinedExtractor
 
 

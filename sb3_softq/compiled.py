@@ -1,0 +1,242 @@
+"""
+A whole call of ``train()`` as one compiled function.
+
+The hooks of an algorithm are traced as they are, with the networks' parameters, the target's and the temperature as
+inputs, together with the gradient, its clipping and Adam's step. Several minibatches become a loop (``scan``) inside the
+compiled function, so that a call costs one entry into Python, however many updates it makes.
+
+The eager path gives the same numbers up to rounding, and takes over where this one cannot serve.
+"""
+
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils import _pytree as pytree
+
+from sb3_softq import operators
+from sb3_softq.flat import FlatUpdater
+
+if TYPE_CHECKING:
+    from sb3_softq.value_based.base import ValueBasedAlgorithm
+
+Tensors = list[th.Tensor]
+
+
+def why_not(model: "ValueBasedAlgorithm", updater: Any) -> str | None:
+    """
+    Why the update of a model cannot be compiled.
+
+    :param model: the model
+    :param updater: what applies its gradients
+    :return: the reason, or None if it can
+    """
+    if not isinstance(updater, FlatUpdater) or updater.flat_optimizer.betas is None:
+        return "the optimiser is not a plain Adam or AdamW on the CPU"
+    if model.policy.has_modes:
+        return "the network has modules that depend on the training mode (batch norm, dropout), or that we do not know"
+    return None
+
+
+def _adam(data: th.Tensor, grad: th.Tensor, moments: Tensors, rates: th.Tensor, settings: dict[str, Any]) -> Tensors:
+    """One step of Adam or AdamW: new data and moments. ``rates`` are lr, lr / bias_correction1, sqrt(bias_correction2)."""
+    beta1, beta2 = settings["betas"]
+    if settings["weight_decay"]:
+        if settings["decoupled"]:
+            data = data * (1 - rates[0] * settings["weight_decay"])
+        else:
+            grad = grad + settings["weight_decay"] * data
+    exp_avg = moments[0] + (grad - moments[0]) * (1 - beta1)
+    exp_avg_sq = moments[1] * beta2 + grad * grad * (1 - beta2)
+    data = data - rates[1] * exp_avg / (exp_avg_sq.sqrt() / rates[2] + settings["eps"])
+    return [data, exp_avg, exp_avg_sq]
+
+
+def adam_rates(first_step: int, n_steps: int, lr: float, betas: tuple[float, float]) -> list[list[float]]:
+    """
+    What of Adam's step depends on its number: computed here in float64, where float32 would lose the seventh digit.
+
+    :param first_step: number of the first step, from 1
+    :param n_steps: number of steps
+    :param lr: learning rate
+    :param betas: Adam's coefficients
+    :return: lr, lr / bias_correction1 and sqrt(bias_correction2) of each step
+    """
+    steps = range(first_step, first_step + n_steps)
+    return [[lr, lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5] for step in steps]
+
+
+def _present(samples: ReplayBufferSamples) -> dict[str, Any]:
+    """The fields of samples that are there (one-step samples have no discounts)."""
+    return {name: field for name, field in samples._asdict().items() if field is not None}
+
+
+class CompiledUpdate:
+    """
+    ``n_batches`` updates on minibatches of ``batch_size``, compiled.
+
+    :param model: the model; its hooks are traced once, so its settings are those of now. A temperature that is learned or
+        follows a schedule, and the learning rate, are inputs
+    :param updater: flat parameters and optimiser of the model
+    :param samples: samples of the shapes to come, ``n_batches * batch_size``
+    :param n_batches: number of minibatches
+    """
+
+    def __init__(
+        self, model: "ValueBasedAlgorithm", updater: FlatUpdater, samples: ReplayBufferSamples, n_batches: int
+    ) -> None:
+        start = time.perf_counter()
+        self.model, self.updater, self.n_batches = model, updater, n_batches
+        self.temperature = model.temperature_module
+        self.sample_type = type(samples)
+        self.frozen = model._targets_frozen()
+        self.names = [name for name, parameter in model.q_net.named_parameters() if parameter.requires_grad]
+        leaves, self.structure = pytree.tree_flatten(_present(samples))
+        minibatch = [leaf[: len(leaf) // n_batches] for leaf in leaves]
+        state, fixed, rates = self._state(), self._fixed(), self._rates()
+        with th.no_grad():
+            # Traced to plain tensor operations, gradient included, whatever Python the hooks are written in
+            if self.frozen:
+                self._targets_graph = self._trace(self._targets, fixed, leaves)
+                targets, self.metric_names = self._targets_and_names(fixed, minibatch)
+                step_inputs = [*minibatch, targets[0], rates[0]]
+            else:
+                step_inputs = [*minibatch, rates[0]]
+            self._step_graph = self._trace(self._step, state, fixed, step_inputs)
+            self._function = th.compile(self._run, fullgraph=True, options={"cpp_wrapper": True})
+            # The first call compiles; on copies, so that it trains nothing
+            self._function([tensor.clone() for tensor in state], fixed, leaves, rates)
+        self.compile_seconds = time.perf_counter() - start
+
+    @staticmethod
+    def _trace(function: Any, *arguments: Any) -> Any:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        # A plain function, since make_fx counts the arguments of a method wrongly
+        return make_fx(lambda *args: function(*args))(*arguments)
+
+    # What goes in: the state, which changes from update to update; what is fixed during the call; rates of the updates
+
+    def _state(self) -> Tensors:
+        optimizer = self.updater.flat_optimizer
+        state = [self.updater.flat.data, optimizer.exp_avg, optimizer.exp_avg_sq]
+        if self.temperature.learned:
+            state += self.temperature.adam_state()
+        # Last, whether all updates of this call so far were finite
+        return [*state, th.ones((), dtype=self.updater.flat.data.dtype)]
+
+    def _fixed(self) -> Tensors:
+        return [self.updater.flat_target.data, *self.temperature.schedule_state()]
+
+    def _rates(self) -> th.Tensor:
+        optimizer = self.updater.flat_optimizer
+        lr = float(optimizer.optimizer.param_groups[0]["lr"])
+        rates = adam_rates(optimizer.n_steps + 1, self.n_batches, lr, optimizer.betas)
+        if self.temperature.learned:
+            own = adam_rates(self.temperature.n_steps + 1, self.n_batches, lr, (0.9, 0.999))
+            rates = [[*network, *temperature] for network, temperature in zip(rates, own, strict=True)]
+        return th.tensor(rates, dtype=self.updater.flat.data.dtype)
+
+    # What is traced
+
+    def _with_parameters(self, data: th.Tensor | None, fixed: Tensors, log_temperature: th.Tensor | None) -> ExitStack:
+        """Context in which the model's modules have other parameters."""
+        stack = ExitStack()
+        flat = self.updater.flat
+        if data is not None:
+            parameters = dict(zip(self.names, flat.views(data), strict=True))
+            stack.enter_context(_reparametrize_module(self.model.q_net, parameters))
+        target_parameters = dict(zip(self.names, flat.views(fixed[0]), strict=True))
+        stack.enter_context(_reparametrize_module(self.model.q_net_target, target_parameters))
+        stack.enter_context(self.temperature.replaced(log_temperature, fixed[1:]))
+        return stack
+
+    def _samples(self, leaves: Tensors) -> ReplayBufferSamples:
+        return self.sample_type(**pytree.tree_unflatten(leaves, self.structure))
+
+    def _targets_and_names(self, fixed: Tensors, leaves: Tensors) -> tuple[Tensors, list[str]]:
+        with self._with_parameters(None, fixed, None):
+            targets, metrics = self.model._compute_targets(self._samples(leaves))
+        return [targets, *metrics.values()], list(metrics)
+
+    def _targets(self, fixed: Tensors, leaves: Tensors) -> Tensors:
+        return self._targets_and_names(fixed, leaves)[0]
+
+    def _step(self, state: Tensors, fixed: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        """One update: new state, and the loss, the norm, the action values and what to log of the targets."""
+        *leaves, rates = inputs
+        metrics: Tensors = []
+        if self.frozen:
+            *leaves, targets = leaves
+        samples = self._samples(leaves)
+        with th.enable_grad():
+            data = state[0].detach().requires_grad_()
+            log_temperature = state[3] if self.temperature.learned else None
+            with self._with_parameters(data, fixed, log_temperature):
+                if not self.frozen:
+                    with th.no_grad():
+                        targets, named_metrics = self.model._compute_targets(samples)
+                    self.metric_names, metrics = list(named_metrics), list(named_metrics.values())
+                losses, q_values = self.model._compute_loss(samples, targets)
+                temperature = self.model.current_temperature
+            loss = losses.mean()
+            (grad,) = th.autograd.grad(loss, data)
+        loss, q_values = loss.detach(), q_values.detach()
+        norm = th.linalg.vector_norm(grad)
+        grad = grad * (self.model.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        optimizer = self.updater.flat_optimizer
+        new_state = _adam(state[0], grad, state[1:3], rates[:3], optimizer.settings())
+        if self.temperature.learned:
+            difference = operators.entropy(q_values, temperature).mean() - self.temperature.target_entropy
+            settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+            new_state += _adam(state[3], difference, state[4:6], rates[3:6], settings)
+        # An update that is not finite changes nothing, and neither do those after it
+        fine = th.isfinite(loss + norm) & (state[-1] > 0)
+        new_state = [th.where(fine, new, old).detach() for new, old in zip(new_state, state, strict=False)]
+        return [*new_state, fine.to(loss.dtype)], [loss, norm.detach(), q_values, *metrics]
+
+    # What is compiled
+
+    def _run(self, state: Tensors, fixed: Tensors, leaves: Tensors, rates: th.Tensor) -> tuple[Tensors, Tensors]:
+        metrics: Tensors = []
+        columns = [leaf.unflatten(0, (self.n_batches, -1)) for leaf in leaves]
+        if self.frozen:
+            targets, *metrics = self._targets_graph(fixed, leaves)
+            columns.append(targets.unflatten(0, (self.n_batches, -1)))
+        columns.append(rates)
+        if self.n_batches == 1:
+            new_state, outputs = self._step_graph(state, fixed, [column[0] for column in columns])
+            outputs = [output.unsqueeze(0) for output in outputs]
+        else:
+            from torch._higher_order_ops.scan import scan
+
+            # Without annotations, which the compiler would evaluate; outputs of a loop's body may not be its inputs
+            def body(carry, column):  # type: ignore[no-untyped-def]
+                new, out = self._step_graph(carry, fixed, column)
+                return [tensor.clone() for tensor in new], [tensor.clone() for tensor in out]
+
+            new_state, outputs = scan(body, state, columns)
+        for old, new in zip(state, new_state, strict=True):
+            old.copy_(new)
+        return outputs, metrics
+
+    def __call__(self, samples: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        """
+        Update the model.
+
+        :param samples: samples of the shapes that the update was compiled for
+        :return: losses and gradient norms ``(n_batches,)``, the action values of the last minibatch, what to log of the
+            targets
+        """
+        leaves = pytree.tree_leaves(_present(samples))
+        with th.no_grad():
+            outputs, metrics = self._function(self._state(), self._fixed(), leaves, self._rates())
+        self.updater.flat_optimizer.count_steps(self.n_batches)
+        if self.temperature.learned:
+            self.temperature.count_steps(self.n_batches)
+        losses, norms, q_values, *step_metrics = outputs
+        metrics = metrics or [metric[-1] for metric in step_metrics]
+        return losses, norms, q_values[-1], dict(zip(self.metric_names, metrics, strict=True))
