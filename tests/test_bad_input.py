@@ -180,7 +180,7 @@ def test_policy_class_that_cannot_read_the_observations(algorithm, observation_s
         (spaces.Box(-1.0, 1.0, (2,), np.float32), "takes Discrete actions, not action_space=Box.*actor-critic.*SAC"),
         (spaces.MultiDiscrete([2, 3]), "takes Discrete actions, not action_space=MultiDiscrete"),
         (spaces.MultiBinary(3), "takes Discrete actions, not action_space=MultiBinary"),
-        (spaces.Discrete(3, start=1), r"start.*action_space=Discrete\(3, start=1\)"),
+        (spaces.Discrete(3, start=1), r"takes Discrete actions.* 0.*action_space=Discrete\(3, start=1\)"),
     ],
 )
 def test_actions_that_the_algorithm_cannot_take(algorithm, action_space, message):
