@@ -55,6 +55,7 @@ BAD_ARGUMENTS = [
     ("munchausen_clip", NAN, ValueError, "munchausen_clip must be finite, not nan"),
     ("munchausen_clip", None, TypeError, "munchausen_clip must be a number, not None"),
     ("double_q", "no", TypeError, "double_q must be .*not 'no'"),
+    ("torch_compile", "yes", TypeError, "torch_compile must be .*not 'yes'"),
     ("exploration", "greedy", ValueError, r"exploration must be one of \['boltzmann', 'eps_greedy', .*\], not 'greedy'"),
     ("exploration", 0.1, TypeError, "exploration must be one of .*, not 0.1 of type float"),
     ("exploration_fraction", 0, ValueError, "exploration_fraction must be positive, not 0"),

@@ -11,6 +11,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import VARIANTS, VECTOR, Float64Extractor, RandomEnv, assert_same, fill_buffer, is_same, make_model, snapshot
+from plain_loop import assert_trains_as_the_plain_loop, record_minibatches
 from stable_baselines3 import DQN
 from stable_baselines3.common.utils import set_random_seed
 from torch import nn

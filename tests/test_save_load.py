@@ -277,7 +277,8 @@ ARGUMENTS = dict(
     max_grad_norm=math.inf,
     stats_window_size=13,
     tensorboard_log=None,
-    policy_kwargs=dict(net_arch=[7], dueling=True, optimizer_class=th.optim.AdamW, optimizer_kwargs=dict(weight_decay=0.1)),
+    policy_kwargs=dict(net_arch=[7], dueling=True, optimizer_class=th.optim.SGD, optimizer_kwargs=dict(weight_decay=0.1)),
+    torch_compile=True,
     verbose=0,
     seed=5,
 )
@@ -303,6 +304,7 @@ def test_table_has_every_argument():
         assert set(inspect.signature(algorithm.__init__).parameters) <= NOT_STORED | set(ARGUMENTS), algorithm
 
 
+@pytest.mark.filterwarnings("ignore:torch_compile=True:UserWarning")  # not with this optimiser
 def test_arguments_are_kept_as_they_were_passed(algorithm, tmp_path):
     arguments = arguments_of(algorithm)
     passed = deepcopy(arguments)

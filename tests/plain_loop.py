@@ -1,0 +1,79 @@
+"""The plain training loop of the textbook: what every faster way to train has to reproduce."""
+
+import torch as th
+from helpers import assert_same, is_same, snapshot
+from torch import nn
+
+from sb3_softq import operators
+
+BATCH_SIZE = 16
+
+
+def plain_updates(model, minibatches):
+    """What an update is: nothing but PyTorch's own operations, one after the other."""
+    optimizer, temperature = model.policy.optimizer, model.temperature_module
+    for replay_data in minibatches:
+        with th.no_grad():
+            targets, _ = model._compute_targets(replay_data)
+        losses, q_values = model._compute_loss(replay_data, targets)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(model.q_net.parameters(), model.max_grad_norm)
+        optimizer.step()
+        if temperature.learned:
+            temperature.learn(operators.entropy(q_values, model.current_temperature), model.learning_rate)
+
+
+def plain_target_update(model):
+    with th.no_grad():
+        for parameter, target in zip(model.q_net.parameters(), model.q_net_target.parameters(), strict=True):
+            target.mul_(1 - model.tau).add_(model.tau * parameter)
+
+
+def record_minibatches(model):
+    """The minibatches that are sampled, in their order, however many are sampled at once."""
+    minibatches, sample = [], model.replay_buffer.sample
+
+    def recorded(n_samples, env=None):
+        samples = sample(n_samples, env=env)
+        for rows in th.arange(n_samples).split(BATCH_SIZE):
+            minibatches.append(type(samples)(*(None if field is None else field[rows] for field in samples)))
+        return samples
+
+    model.replay_buffer.sample = recorded
+    return minibatches
+
+
+def learned_numbers(model, oracle):
+    """A snapshot, less what an optimiser keeps of parameters that have no gradient."""
+    numbers = snapshot(model)
+    state, used = numbers["policy.optimizer"]["state"], oracle.policy.optimizer.state_dict()["state"]
+    numbers["policy.optimizer"]["state"] = {i: state[i] for i in used}
+    return numbers
+
+
+def assert_trains_as_the_plain_loop(model, oracle, intervene=lambda model: None, rtol=1e-9, atol=1e-11):
+    """
+    A model's ``train()`` and target updates give what the plain loop gives on the same minibatches.
+
+    :param model: the model, its replay buffer filled
+    :param oracle: another one, which is trained by the plain loop
+    :param intervene: something that is done to both between two calls of ``train()``
+    :param rtol: relative tolerance of each number
+    :param atol: absolute tolerance of each number
+    """
+    oracle.set_parameters(snapshot(model))
+    minibatches = record_minibatches(model)
+    before = snapshot(model)
+    for i in range(4):
+        minibatches.clear()
+        model.train(gradient_steps=3, batch_size=BATCH_SIZE)
+        assert len(minibatches) == 3 and not is_same(minibatches[0], minibatches[1])
+        plain_updates(oracle, minibatches)
+        if i % 2:
+            model._on_step()
+            plain_target_update(oracle)
+        assert_same(learned_numbers(model, oracle), learned_numbers(oracle, oracle), rtol=rtol, atol=atol)
+        for one in (model, oracle):
+            intervene(one)
+    assert not is_same(before["policy"], snapshot(model)["policy"])

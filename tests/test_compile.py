@@ -1,0 +1,154 @@
+"""Compiled training is the plain loop too, stops where that stops, and gives way to it where it cannot be had."""
+
+import math
+import shutil
+
+import pytest
+import torch as th
+from helpers import VARIANTS, VECTOR, RandomEnv, assert_same, fill_buffer, is_same, make_model, snapshot
+from plain_loop import assert_trains_as_the_plain_loop
+from stable_baselines3.common.utils import set_random_seed
+
+from sb3_softq import DivergenceError, MunchausenDQN, SoftDQN
+from sb3_softq.value_based import base
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="needs a C++ compiler"
+)
+# Float32 and another order of the operations
+ROUNDING = dict(rtol=2e-4, atol=2e-6)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled():
+    yield
+    th.compiler.reset()
+
+
+def make(algorithm, torch_compile=True, **kwargs):
+    kwargs = dict(tau=0.3, target_update_interval=1, learning_rate=0.01) | kwargs
+    model = make_model(algorithm, RandomEnv(VECTOR), torch_compile=torch_compile, **kwargs)
+    fill_buffer(model, 100)
+    return model
+
+
+def train_alike(*models, gradient_steps=3, n_calls=3):
+    for i in range(n_calls):
+        for model in models:
+            set_random_seed(i)
+            model.train(gradient_steps, batch_size=16)
+
+
+# One algorithm always, the others with the expensive tests: compiling takes its time
+EACH = [
+    pytest.param(algorithm, kwargs, id=name, marks=[] if algorithm is MunchausenDQN else pytest.mark.expensive)
+    for name, (algorithm, kwargs) in VARIANTS.items()
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("algorithm", "kwargs"), EACH)
+def test_compiled_training_is_the_plain_loop(algorithm, kwargs, recwarn):
+    model, oracle = make(algorithm, **kwargs), make(algorithm, torch_compile=False, **kwargs)
+    assert_trains_as_the_plain_loop(model, oracle, **ROUNDING)
+    assert model.logger.name_to_value["time/compile_seconds"] > 0 and len(recwarn) == 0
+
+
+@needs_compiler
+@pytest.mark.expensive
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(n_steps=3),
+        dict(max_grad_norm=0.01),
+        dict(temperature=0.0, exploration="eps_greedy"),
+        dict(policy_kwargs=dict(net_arch=[16, 16], dueling=True)),
+        dict(policy_kwargs=dict(optimizer_class=th.optim.AdamW, optimizer_kwargs=dict(weight_decay=0.1, eps=1e-4))),
+        dict(policy_kwargs=dict(optimizer_kwargs=dict(weight_decay=0.1, betas=(0.8, 0.9)))),
+    ],
+    ids=["n-step", "clipped", "hard", "dueling", "AdamW", "Adam with decay"],
+)
+def test_compiled_training_with_options(kwargs):
+    model, oracle = make(SoftDQN, **kwargs), make(SoftDQN, torch_compile=False, **kwargs)
+    assert_trains_as_the_plain_loop(model, oracle, **ROUNDING)
+
+
+def change_settings(model):
+    """What may change between two calls of train(): schedules, and what others load."""
+    model.temperature_module.update(0.5)
+    model.learning_rate = 0.005
+    model.lr_schedule = lambda progress: 0.005
+    model.set_parameters(snapshot(model))
+
+
+@needs_compiler
+@pytest.mark.expensive
+def test_compiled_training_follows_schedules_and_what_is_loaded(algorithm):
+    kwargs = dict(temperature=lambda progress: 0.1 + progress)
+    model, oracle = make(algorithm, **kwargs), make(algorithm, torch_compile=False, **kwargs)
+    assert_trains_as_the_plain_loop(model, oracle, change_settings, **ROUNDING)
+
+
+@needs_compiler
+@pytest.mark.expensive
+@pytest.mark.parametrize("gradient_steps", [1, 2, 5, 7])
+def test_calls_of_other_lengths(gradient_steps):
+    # The first call decides what is compiled; five updates are three and two single ones
+    models = [make(SoftDQN, torch_compile) for torch_compile in (True, False)]
+    train_alike(*models, gradient_steps=3, n_calls=1)
+    train_alike(*models, gradient_steps=gradient_steps, n_calls=2)
+    assert_same(snapshot(models[0]), snapshot(models[1]), **ROUNDING)
+    assert models[0]._n_updates == models[1]._n_updates == 3 + 2 * gradient_steps
+
+
+@needs_compiler
+def test_compiled_training_stops_before_it_breaks():
+    # One broken row: the updates before the one that draws it are made and counted, and none after it
+    model = make(MunchausenDQN)
+    model.train(gradient_steps=10, batch_size=4)
+    model.replay_buffer.rewards[11] = math.nan
+    with pytest.raises(DivergenceError, match="rewards of update"):
+        for _ in range(100):
+            model.train(gradient_steps=10, batch_size=4)
+    assert all(bool(th.isfinite(tensor).all()) for tensor in model.policy.state_dict().values())
+    states = model.policy.optimizer.state_dict()["state"].values()
+    assert all(bool(th.isfinite(value).all()) for state in states for value in state.values())
+    # Everything is broken: nothing changes
+    model.replay_buffer.rewards[:] = math.inf
+    before = snapshot(model)
+    with pytest.raises(DivergenceError, match="rewards of update"):
+        model.train(gradient_steps=10, batch_size=4)
+    assert_same(snapshot(model)["policy"], before["policy"])
+
+
+@needs_compiler
+@pytest.mark.expensive
+def test_compiled_models_are_saved_and_loaded(algorithm, tmp_path):
+    model = make(algorithm)
+    model.train(gradient_steps=3, batch_size=16)
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", device="cpu")
+    assert loaded.torch_compile
+    loaded.set_logger(model.logger)
+    loaded.replay_buffer = model.replay_buffer
+    train_alike(model, loaded)
+    assert_same(snapshot(model), snapshot(loaded), **ROUNDING)
+
+
+@pytest.mark.parametrize("why", ["optimiser", "error"])
+def test_without_compiler_it_is_the_other_path(algorithm, why, monkeypatch):
+    policy_kwargs = dict(net_arch=[16])
+    if why == "optimiser":
+        policy_kwargs.update(optimizer_class=th.optim.SGD)
+
+    def no_compiler(*args):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(base, "CompiledUpdate", no_compiler)
+    model, other = (make(algorithm, torch_compile, policy_kwargs=policy_kwargs) for torch_compile in (True, False))
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match="torch_compile=True, but updates are not compiled") as record:
+        train_alike(model, other)
+    assert len(record) == 1, "it says so once"
+    assert_same(snapshot(model), snapshot(other))
+    assert not is_same(before["policy"], snapshot(model)["policy"])
