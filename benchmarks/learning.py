@@ -77,7 +77,8 @@ def dqn_config(mdqn_config: Path, env_id: str, folder: str) -> str:
     for own in ("temperature", "munchausen_alpha", "munchausen_clip", "exploration"):
         settings.pop(own, None)
     # SB3's policies cannot read MinAtar's planes by themselves
-    policy_kwargs = settings.pop("policy_kwargs").replace("dict(", "dict(features_extractor_class=SmallImageCNN, net_arch=[], ", 1)
+    network = "features_extractor_class=SmallImageCNN, net_arch=[]"
+    policy_kwargs = settings.pop("policy_kwargs").replace("dict(", f"dict({network}, ", 1)
     path = Path(folder) / "dqn.py"
     path.write_text(
         "from sb3_softq.value_based.policies import SmallImageCNN\n"

@@ -9,36 +9,25 @@ The eager path gives the same numbers up to rounding, and takes over where this 
 """
 
 import time
+import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from sb3_softq import operators
-from sb3_softq.flat import FlatUpdater
+from sb3_softq.diagnostics import find_divergence
+from sb3_softq.flat import FlatUpdater, Updater
+from sb3_softq.replay import split_samples
 
 if TYPE_CHECKING:
     from sb3_softq.value_based.base import ValueBasedAlgorithm
 
 Tensors = list[th.Tensor]
-
-
-def why_not(model: "ValueBasedAlgorithm", updater: Any) -> str | None:
-    """
-    Why the update of a model cannot be compiled.
-
-    :param model: the model
-    :param updater: what applies its gradients
-    :return: the reason, or None if it can
-    """
-    if not isinstance(updater, FlatUpdater) or updater.flat_optimizer.betas is None:
-        return "the optimiser is not a plain Adam or AdamW on the CPU"
-    if model.policy.has_modes:
-        return "the network has modules that depend on the training mode (batch norm, dropout), or that we do not know"
-    return None
 
 
 def _adam(data: th.Tensor, grad: th.Tensor, moments: Tensors, rates: th.Tensor, settings: dict[str, Any]) -> Tensors:
@@ -134,7 +123,7 @@ class CompiledUpdate:
     def _rates(self) -> th.Tensor:
         optimizer = self.updater.flat_optimizer
         lr = float(optimizer.optimizer.param_groups[0]["lr"])
-        rates = adam_rates(optimizer.n_steps + 1, self.n_batches, lr, optimizer.betas)
+        rates = adam_rates(optimizer.n_steps + 1, self.n_batches, lr, optimizer.settings()["betas"])
         if self.temperature.learned:
             own = adam_rates(self.temperature.n_steps + 1, self.n_batches, lr, (0.9, 0.999))
             rates = [[*network, *temperature] for network, temperature in zip(rates, own, strict=True)]
@@ -240,3 +229,92 @@ class CompiledUpdate:
         losses, norms, q_values, *step_metrics = outputs
         metrics = metrics or [metric[-1] for metric in step_metrics]
         return losses, norms, q_values[-1], dict(zip(self.metric_names, metrics, strict=True))
+
+
+class CompiledTraining:
+    """
+    The compiled updates of a model: made when they are first needed, for one length of a call and for single updates.
+
+    :param model: the model
+    """
+
+    def __init__(self, model: "ValueBasedAlgorithm") -> None:
+        self.model = model
+        self.given_up = False
+        self._updater: Updater | None = None
+        self._updates: dict[tuple[int, int], CompiledUpdate] = {}
+        self._length = 0
+
+    def train(self, updater: Updater, gradient_steps: int, batch_size: int) -> bool:
+        """
+        What ``model.train()`` does.
+
+        :param updater: what applies the model's gradients
+        :param gradient_steps: number of updates
+        :param batch_size: size of a minibatch
+        :return: whether it was done: where it cannot be, a warning has said why, once
+        :raises DivergenceError: if an update is not finite; the weights are those before it
+        """
+        model = self.model
+        if self.given_up or not self._possible(updater):
+            return False
+        if self._updater is not updater:  # something was replaced: what was compiled refers to the old
+            self._updater, self._updates = updater, {}
+        if self._length == 0:
+            self._length = min(gradient_steps, model.batches_at_once(batch_size))
+        while gradient_steps > 0:
+            # Calls of one length; what is left over is done one by one, so that no other length is compiled
+            n_batches = self._length if gradient_steps >= self._length else 1
+            update = self._updates.get((n_batches, batch_size)) or self._compile(n_batches, batch_size)
+            if update is None:
+                return False
+            samples = model.replay_buffer.sample(n_batches * batch_size, env=model._vec_normalize_env)  # type: ignore[union-attr]
+            losses, grad_norms, q_values, target_metrics = update(samples)
+            self._check(losses + grad_norms, samples)
+            model._losses.append((losses, grad_norms))
+            model._n_updates += n_batches
+            gradient_steps -= n_batches
+        model._report(q_values, target_metrics)
+        return True
+
+    def _possible(self, updater: Updater) -> bool:
+        if not isinstance(updater, FlatUpdater) or updater.flat_optimizer.betas is None:
+            self._give_up("the optimiser is no plain Adam or AdamW on the CPU")
+        elif self.model.policy.has_modes:
+            self._give_up("the network has modules that depend on the training mode, or that we do not know")
+        return not self.given_up
+
+    def _give_up(self, reason: str) -> None:
+        self.given_up = True
+        warnings.warn(f"torch_compile=True, but updates are not compiled: {reason}. They run without the compiler, slower")
+
+    def _compile(self, n_batches: int, batch_size: int) -> CompiledUpdate | None:
+        model, updater = self.model, self._updater
+        assert model.replay_buffer is not None and isinstance(updater, FlatUpdater)
+        # A sample to compile with must not change which ones are drawn to train with
+        random_state = np.random.get_state()
+        samples = model.replay_buffer.sample(n_batches * batch_size, env=model._vec_normalize_env)
+        np.random.set_state(random_state)
+        try:
+            update = CompiledUpdate(model, updater, samples, n_batches)
+        except Exception as error:  # whatever a compiler raises: there is a path without it
+            self._give_up(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return None
+        self._updates[n_batches, batch_size] = update
+        model.logger.record("time/compile_seconds", update.compile_seconds)
+        if model.verbose >= 1:
+            print(f"Compiled {n_batches} update(s) of batch size {batch_size} in {update.compile_seconds:.1f} s")
+        return update
+
+    def _check(self, results: th.Tensor, samples: ReplayBufferSamples) -> None:
+        """Raise if an update was not finite: it changed nothing, and neither did those after it."""
+        finite = th.isfinite(results)
+        if finite.all():
+            return
+        model, first = self.model, int((~finite).nonzero()[0])
+        replay_data = split_samples(samples, len(results))[first]
+        with th.no_grad():
+            targets, _ = model._compute_targets(replay_data)
+            losses, q_values = model._compute_loss(replay_data, targets)
+        n_updates = model._n_updates + first
+        raise find_divergence(replay_data, targets, q_values, losses.mean(), n_updates, model.num_timesteps)

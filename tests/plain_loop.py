@@ -2,6 +2,7 @@
 
 import torch as th
 from helpers import assert_same, is_same, snapshot
+from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 
 from sb3_softq import operators
@@ -12,6 +13,8 @@ BATCH_SIZE = 16
 def plain_updates(model, minibatches):
     """What an update is: nothing but PyTorch's own operations, one after the other."""
     optimizer, temperature = model.policy.optimizer, model.temperature_module
+    learning_rate = model.lr_schedule(model._current_progress_remaining)
+    update_learning_rate(optimizer, learning_rate)
     for replay_data in minibatches:
         with th.no_grad():
             targets, _ = model._compute_targets(replay_data)
@@ -21,7 +24,7 @@ def plain_updates(model, minibatches):
         nn.utils.clip_grad_norm_(model.q_net.parameters(), model.max_grad_norm)
         optimizer.step()
         if temperature.learned:
-            temperature.learn(operators.entropy(q_values, model.current_temperature), model.learning_rate)
+            temperature.learn(operators.entropy(q_values, model.current_temperature), learning_rate)
 
 
 def plain_target_update(model):

@@ -51,7 +51,8 @@ EACH = [
 def test_compiled_training_is_the_plain_loop(algorithm, kwargs, recwarn):
     model, oracle = make(algorithm, **kwargs), make(algorithm, torch_compile=False, **kwargs)
     assert_trains_as_the_plain_loop(model, oracle, **ROUNDING)
-    assert model.logger.name_to_value["time/compile_seconds"] > 0 and len(recwarn) == 0
+    assert model.logger.name_to_value["time/compile_seconds"] > 0
+    assert not any("torch_compile" in str(warning.message) for warning in recwarn)
 
 
 @needs_compiler
@@ -74,19 +75,29 @@ def test_compiled_training_with_options(kwargs):
 
 
 def change_settings(model):
-    """What may change between two calls of train(): schedules, and what others load."""
+    """What schedules change between two calls of train()."""
     model.temperature_module.update(0.5)
-    model.learning_rate = 0.005
     model.lr_schedule = lambda progress: 0.005
-    model.set_parameters(snapshot(model))
 
 
 @needs_compiler
 @pytest.mark.expensive
-def test_compiled_training_follows_schedules_and_what_is_loaded(algorithm):
+def test_compiled_training_follows_schedules(algorithm):
     kwargs = dict(temperature=lambda progress: 0.1 + progress)
     model, oracle = make(algorithm, **kwargs), make(algorithm, torch_compile=False, **kwargs)
     assert_trains_as_the_plain_loop(model, oracle, change_settings, **ROUNDING)
+
+
+@needs_compiler
+@pytest.mark.expensive
+def test_compiled_training_goes_on_from_what_is_loaded():
+    def load(model):
+        model.set_parameters(snapshot(other))
+
+    other = make(SoftDQN, torch_compile=False, seed=1)
+    other.train(gradient_steps=3, batch_size=16)
+    model, oracle = make(SoftDQN), make(SoftDQN, torch_compile=False)
+    assert_trains_as_the_plain_loop(model, oracle, load, **ROUNDING)
 
 
 @needs_compiler

@@ -1,7 +1,6 @@
 """The value-based family: everything that its algorithms have in common."""
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
@@ -11,13 +10,13 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import LinearSchedule, get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 
 from sb3_softq import operators
 from sb3_softq.checks import check_choice, check_integer, check_number
-from sb3_softq.compiled import CompiledUpdate, why_not
+from sb3_softq.compiled import CompiledTraining
 from sb3_softq.diagnostics import check_finite, find_divergence, policy_statistics
 from sb3_softq.flat import FlatUpdater, Updater
 from sb3_softq.replay import (
@@ -210,11 +209,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         # Losses and gradient norms since the last report
         self._losses: list[tuple[th.Tensor, th.Tensor]] = []
         self._next_report = 0
-        # Compiled updates by number of minibatches and batch size, and what they were compiled for
-        self._compiled: dict[tuple[int, int], CompiledUpdate] = {}
-        self._compiled_for: Updater | None = None
-        self._compiled_length = 0
-        self._compile_possible = True
+        self._compiled = CompiledTraining(self)
         # Shape of the observations that need no preprocessing; no shape is equal to None
         self._vector_shape = self.observation_space.shape if is_vector_space(self.observation_space) else None
         # Running statistics of batch norm, which the target network copies
@@ -257,8 +252,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         derived = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target", "exploration_schedule"]
-        derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report"]
-        derived += ["_compiled", "_compiled_for", "_compiled_length", "_compile_possible"]
+        derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report", "_compiled"]
         return [*super()._excluded_save_params(), *derived]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -302,7 +296,8 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         self.policy.set_training_mode(False)
         if isinstance(observation, np.ndarray) and observation.shape[1:] == self._vector_shape:
             # What obs_to_tensor() does for a batch of vectors, less the copies
-            obs_tensor, vectorized_env = th.as_tensor(observation, device=self.device), True
+            obs_tensor: PyTorchObs = th.as_tensor(observation, device=self.device)
+            vectorized_env = True
         else:
             obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
         with th.no_grad():
@@ -439,7 +434,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         Our own buffers are sampled for many minibatches at once, and frozen targets are computed for them together.
         """
         assert self.replay_buffer is not None
-        at_once = self._batches_at_once(batch_size)
+        at_once = self.batches_at_once(batch_size)
         for start in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - start)
             samples = self.replay_buffer.sample(n_batches * batch_size, env=self._vec_normalize_env)
@@ -455,8 +450,12 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
                         targets, metrics = self._compute_targets(minibatch)
                     yield minibatch, targets, metrics
 
-    def _batches_at_once(self, batch_size: int) -> int:
-        """Number of minibatches to sample together: as many as are small; a user's own buffer is asked for each."""
+    def batches_at_once(self, batch_size: int) -> int:
+        """
+        Number of minibatches to sample together: many where they are small; a user's own buffer is asked for each.
+
+        :param batch_size: size of a minibatch
+        """
         if not isinstance(self.replay_buffer, GrowingStorage):
             return 1
         return max(1, CHUNK_BYTES // (batch_size * self.replay_buffer.transition_bytes))
@@ -472,10 +471,10 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         updater = self._get_updater()
-        if self.torch_compile and self._compile_possible and self._train_compiled(updater, gradient_steps, batch_size):
+        if self.torch_compile and self._compiled.train(updater, gradient_steps, batch_size):
             return
 
-        for replay_data, targets, target_metrics in self._minibatches(gradient_steps, batch_size):
+        for replay_data, targets, target_metrics in self._minibatches(gradient_steps, batch_size):  # noqa: B007
             sample_losses, q_values = self._compute_loss(replay_data, targets)
             loss = sample_losses.mean()
             grad_norm = updater.backward(loss, self.max_grad_norm)
@@ -484,59 +483,11 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
             updater.step()
             self._n_updates += 1
             self._losses.append((loss.detach(), grad_norm))
-
             if self.temperature_module.learned:
                 entropies = operators.entropy(q_values, self.current_temperature)
                 self.temperature_module.learn(entropies, self.policy.optimizer.param_groups[0]["lr"])
 
         self._report(q_values, target_metrics)
-
-    def _train_compiled(self, updater: Updater, gradient_steps: int, batch_size: int) -> bool:
-        """:meth:`train` by compiled updates. Returns whether it did: if they cannot be had, it says why, once."""
-        if (reason := why_not(self, updater)) is not None:
-            self._give_up_compiling(reason)
-            return False
-        if self._compiled_for is not updater:  # something was replaced: what was compiled refers to the old
-            self._compiled_for, self._compiled = updater, {}
-        if self._compiled_length == 0:
-            self._compiled_length = min(gradient_steps, self._batches_at_once(batch_size))
-        done = 0
-        while done < gradient_steps:
-            # Whole calls of the usual length; what is left over, one by one, so that no other length is compiled
-            n_batches = self._compiled_length if gradient_steps - done >= self._compiled_length else 1
-            random_state = np.random.get_state()
-            samples = self.replay_buffer.sample(n_batches * batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            if (n_batches, batch_size) not in self._compiled:
-                try:
-                    update = CompiledUpdate(self, updater, samples, n_batches)  # type: ignore[arg-type]
-                except Exception as error:  # whatever the compiler raises: there is a path without it
-                    if done == 0:
-                        np.random.set_state(random_state)  # for the minibatches to be the same
-                        self._give_up_compiling(f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
-                        return False
-                    raise
-                self._compiled[n_batches, batch_size] = update
-                self.logger.record("time/compile_seconds", update.compile_seconds)
-                if self.verbose >= 1:
-                    print(f"Compiled {n_batches} update(s) of batch size {batch_size} in {update.compile_seconds:.1f} s")
-            losses, grad_norms, q_values, target_metrics = self._compiled[n_batches, batch_size](samples)
-            finite = th.isfinite(losses + grad_norms)
-            if not finite.all():
-                first = int((~finite).nonzero()[0])
-                replay_data = split_samples(samples, n_batches)[first]
-                targets, _ = self._compute_targets(replay_data)
-                sample_losses, q_values = self._compute_loss(replay_data, targets)
-                loss, n_updates = sample_losses.mean(), self._n_updates + first
-                raise find_divergence(replay_data, targets, q_values, loss, n_updates, self.num_timesteps)
-            self._losses.append((losses, grad_norms))
-            self._n_updates += n_batches
-            done += n_batches
-        self._report(q_values, target_metrics)
-        return True
-
-    def _give_up_compiling(self, reason: str) -> None:
-        warnings.warn(f"torch_compile=True, but updates are not compiled: {reason}. They run without the compiler, slower")
-        self._compile_possible = False
 
     def _report(self, q_values: th.Tensor, target_metrics: dict[str, th.Tensor]) -> None:
         """Log the means since the last report, and statistics of the last minibatch, with one read from the device."""
