@@ -28,7 +28,7 @@ help:
 	@echo "make test     run the tests (PYTEST_ARGS='-m expensive' for the long ones)"
 	@echo "make lint     ruff: rules and formatting     make type    mypy     make format  let ruff rewrite the files"
 	@echo "make doc      build the documentation into docs/_build/html"
-	@echo "make bench    report the learning benchmark, measure the update speed"
+	@echo "make bench    report the recorded learning benchmark, measure the update speed on this machine"
 	@echo "make build    build the wheel and the source distribution into dist/"
 	@echo "make clean    remove what these targets made, except the environment $(VENV)"
 	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) WORKERS=$(WORKERS)"
@@ -75,7 +75,7 @@ demo: $(VENV)/.zoo
 	@$(BIN)/python benchmarks/demo.py --algo $(DEMO_ALGO) --env $(DEMO_ENV) --folder demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -93,7 +93,8 @@ doc: $(VENV)/.docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/learning.py report
-	$(if $(wildcard benchmarks/speed.py),$(BIN)/python benchmarks/speed.py)
+	$(BIN)/python benchmarks/speed.py run
+	$(BIN)/python benchmarks/speed.py report
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build

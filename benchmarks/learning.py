@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
-DOCS_IMAGES = Path(__file__).parent.parent / "docs" / "_static"
+DOCS = Path(__file__).parent.parent / "docs"
 
 # Environment -> number of steps (those of the zoo's DQN settings)
 SUITES: dict[str, dict[str, Any]] = {
@@ -203,7 +203,7 @@ def interquartile_mean(scores: list[float]) -> tuple[float, float, float]:
 
 
 def report(name: str) -> None:
-    """Print a table in Markdown and draw the learning curves."""
+    """Write the table and the learning curves of the documentation."""
     import matplotlib
     import numpy as np
 
@@ -213,7 +213,7 @@ def report(name: str) -> None:
     suite = SUITES[name]
     rows = read_rows()
     figure, all_axes = plt.subplots(1, len(suite["envs"]), figsize=(4.2 * len(suite["envs"]), 3.4), squeeze=False)
-    print("| environment, steps | algorithm | seeds | final return | return over the whole run |\n|---|---|---|---|---|")
+    table = ["| environment, steps | algorithm | seeds | final return | return over the whole run |", "|---|---|---|---|---|"]
     for axes, (env_id, n_timesteps) in zip(all_axes[0], suite["envs"].items(), strict=True):
         for algo in suite["algos"]:
             runs = [row for row in rows if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps)]
@@ -223,7 +223,7 @@ def report(name: str) -> None:
             steps = [step for step, _ in runs[0]["curve"]]
             cells = [interquartile_mean(scores) for scores in ([row["final_mean"] for row in runs], curves.mean(axis=1))]
             texts = [f"{iqm:.1f} [{low:.1f}, {high:.1f}]" for iqm, low, high in cells]
-            print(f"| {env_id}, {n_timesteps:,} | {algo} | {len(runs)} | {texts[0]} | {texts[1]} |")
+            table.append(f"| {env_id}, {n_timesteps:,} | {algo} | {len(runs)} | {texts[0]} | {texts[1]} |")
             middle = np.array([interquartile_mean(point) for point in curves.T])
             axes.plot(steps, middle[:, 0], label=algo)
             axes.fill_between(steps, middle[:, 1], middle[:, 2], alpha=0.15)
@@ -232,9 +232,10 @@ def report(name: str) -> None:
     all_axes[0, 0].set_ylabel(f"return ({N_CURVE_EPISODES} deterministic episodes)")
     all_axes[0, 0].legend()
     figure.tight_layout()
-    DOCS_IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(DOCS_IMAGES / f"learning_{name}.png", dpi=110)
-    print(f"\nCurves: {DOCS_IMAGES / f'learning_{name}.png'}")
+    figure.savefig(DOCS / "_static" / f"learning_{name}.png", dpi=110)
+    (DOCS / "_shared" / f"learning_{name}.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+    print(f"\nWritten: {DOCS}/_shared/learning_{name}.md, {DOCS}/_static/learning_{name}.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from plain_loop import assert_trains_as_the_plain_loop
 from stable_baselines3.common.utils import set_random_seed
 
 from sb3_softq import DivergenceError, MunchausenDQN, SoftDQN
-from sb3_softq.value_based import base
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="needs a C++ compiler"
@@ -112,24 +111,45 @@ def test_calls_of_other_lengths(gradient_steps):
     assert models[0]._n_updates == models[1]._n_updates == 3 + 2 * gradient_steps
 
 
-@needs_compiler
-def test_compiled_training_stops_before_it_breaks():
-    # One broken row: the updates before the one that draws it are made and counted, and none after it
-    model = make(MunchausenDQN)
-    model.train(gradient_steps=10, batch_size=4)
-    model.replay_buffer.rewards[11] = math.nan
-    with pytest.raises(DivergenceError, match="rewards of update"):
-        for _ in range(100):
+def train_until_it_breaks(model):
+    """Calls of ten updates, until one draws a broken row."""
+    for i in range(100):
+        set_random_seed(i)
+        try:
             model.train(gradient_steps=10, batch_size=4)
-    assert all(bool(th.isfinite(tensor).all()) for tensor in model.policy.state_dict().values())
-    states = model.policy.optimizer.state_dict()["state"].values()
-    assert all(bool(th.isfinite(value).all()) for state in states for value in state.values())
-    # Everything is broken: nothing changes
-    model.replay_buffer.rewards[:] = math.inf
-    before = snapshot(model)
-    with pytest.raises(DivergenceError, match="rewards of update"):
-        model.train(gradient_steps=10, batch_size=4)
-    assert_same(snapshot(model)["policy"], before["policy"])
+        except DivergenceError as error:
+            return str(error)
+    raise AssertionError("nothing broke")
+
+
+@needs_compiler
+def test_compiled_training_stops_where_the_other_path_stops():
+    # One broken row: the updates before the one that draws it are made and counted, neither it nor those after it are
+    models = [make(MunchausenDQN, torch_compile) for torch_compile in (True, False)]
+    messages = []
+    for model in models:
+        model.replay_buffer.rewards[11] = math.nan
+        messages.append(train_until_it_breaks(model))
+    assert messages[0] == messages[1] and "rewards of update" in messages[0]
+    assert_same(snapshot(models[0])["policy"], snapshot(models[1])["policy"], **ROUNDING)
+    assert models[0]._n_updates == models[1]._n_updates > 0
+    assert_same(snapshot(models[0])["policy.optimizer"], snapshot(models[1])["policy.optimizer"], **ROUNDING)
+
+
+@needs_compiler
+@pytest.mark.expensive
+def test_compiler_that_fails_half_way_through_a_call(monkeypatch):
+    # Three updates are compiled, the single ones that are left over cannot be: the other path makes those, and no more
+    models = [make(SoftDQN, torch_compile) for torch_compile in (True, False)]
+    train_alike(*models, gradient_steps=3, n_calls=1)
+
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(th, "compile", no_compiler)
+    with pytest.warns(UserWarning, match="updates are not compiled"):
+        train_alike(*models, gradient_steps=5, n_calls=1)
+    assert models[0]._n_updates == models[1]._n_updates == 8
 
 
 @needs_compiler
@@ -152,10 +172,10 @@ def test_without_compiler_it_is_the_other_path(algorithm, why, monkeypatch):
     if why == "optimiser":
         policy_kwargs.update(optimizer_class=th.optim.SGD)
 
-    def no_compiler(*args):
+    def no_compiler(*args, **kwargs):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(base, "CompiledUpdate", no_compiler)
+    monkeypatch.setattr(th, "compile", no_compiler)
     model, other = (make(algorithm, torch_compile, policy_kwargs=policy_kwargs) for torch_compile in (True, False))
     before = snapshot(model)
     with pytest.warns(UserWarning, match="torch_compile=True, but updates are not compiled") as record:

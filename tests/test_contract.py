@@ -104,10 +104,6 @@ def test_learn_has_the_parameters_of_dqn_and_a_default_length(algorithm):
 # ---------------------------------------------------------------------- training options
 
 
-def run_name(tmp_path):
-    return sorted(path.name for path in tmp_path.iterdir())
-
-
 class MLPWithBatchNorm(BaseFeaturesExtractor):
     """Flattens, normalises by the batch and drops half of the features."""
 
@@ -436,7 +432,6 @@ def test_dict_of_a_vector_is_the_same_as_the_vector(algorithm):
         fill_buffer(model, 100)
         models.append(model)
     vector, as_dict = models
-    assert_same(as_dict.replay_buffer.observations["vector"].sum() != 0, np.True_)
     for name in ("observations", "next_observations"):
         getattr(as_dict.replay_buffer, name)["vector"][:] = getattr(vector.replay_buffer, name)
     for name in ("actions", "rewards", "dones", "timeouts"):
@@ -733,9 +728,8 @@ def test_tensorboard(algorithm, tmp_path):
     pytest.importorskip("tensorboard")
     model = algorithm("MlpPolicy", "CartPole-v1", tensorboard_log=str(tmp_path), learning_starts=20, device="cpu")
     model.learn(50)
-    assert run_name(tmp_path) == [f"{algorithm.__name__}_1"]
     model.learn(50, tb_log_name="mine")
-    assert run_name(tmp_path) == sorted([f"{algorithm.__name__}_1", "mine_1"])
+    assert {path.name for path in tmp_path.iterdir()} == {f"{algorithm.__name__}_1", "mine_1"}
 
 
 def test_learn_returns_the_model(algorithm):

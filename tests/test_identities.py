@@ -287,6 +287,7 @@ def test_n_step_targets_bootstrap_with_their_own_discount(algorithm, kwargs):
     assert len(replay_data.discounts.unique()) == 3  # gamma, and its second and third power
     without_bootstrap = targets(model, replay_data._replace(discounts=th.zeros_like(replay_data.discounts)))
     unit_discounts = targets(model, replay_data._replace(discounts=th.ones_like(replay_data.discounts)))
+    assert ((unit_discounts - without_bootstrap).abs() > 0.01).sum() > 20
     expected = without_bootstrap + replay_data.discounts * (unit_discounts - without_bootstrap)
     assert_same(targets(model, replay_data), expected, **ROUNDING)
     ends = replay_data.dones == 1

@@ -104,7 +104,7 @@ def test_cartpole(algorithm):
         batch_size=64,
         train_freq=4,
         gradient_steps=4,
-        temperature=0.05,
+        temperature="auto_0.1" if algorithm.learns_temperature else 0.05,
         exploration="boltzmann_eps",
         exploration_fraction=0.2,
         policy_kwargs=dict(net_arch=[128, 128]),

@@ -360,8 +360,9 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         check_finite("rewards", reward, self.num_timesteps)
         check_finite("observations", new_obs, self.num_timesteps)
         if not dones.any() and self._vec_normalize_env is None:
-            # Nothing to replace in new_obs, so no copy is needed: the buffer makes its own
-            replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
+            # Nothing to replace in new_obs, so no copy is needed: the buffer makes its own (but reshapes entries of a dict)
+            next_obs = dict(new_obs) if isinstance(new_obs, dict) else new_obs
+            replay_buffer.add(self._last_obs, next_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
             self._last_original_obs = self._last_obs = new_obs  # type: ignore[assignment]
             return
         for info in infos:
