@@ -43,7 +43,7 @@ def plot(run: Path, algo: str, env_id: str, returns: np.ndarray, path: Path) -> 
     """Learning curve: episodes while training, evaluations on the way, and the final evaluation."""
     episodes = load_results(str(run))
     steps, rewards = episodes["l"].cumsum(), episodes["r"]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     axes.plot(steps, rewards, ".", color="C0", alpha=0.2, label="training episodes (exploring)")
     axes.plot(steps, rewards.rolling(20, min_periods=1).mean(), color="C0", label="their mean over 20 episodes")
     if (run / "evaluations.npz").exists():
@@ -55,7 +55,7 @@ def plot(run: Path, algo: str, env_id: str, returns: np.ndarray, path: Path) -> 
     if threshold is not None:
         axes.axhline(threshold, color="0.5", linestyle="--", linewidth=1, label=f"solved: {threshold:g}")
     axes.set(title=f"{ALGOS[algo].__name__} on {env_id}", xlabel="environment steps", ylabel="episode return")
-    axes.legend(loc="upper left", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

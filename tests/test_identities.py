@@ -462,6 +462,16 @@ def test_training_goes_on_from_what_others_change(algorithm, optimizer, interven
     assert_trains_as_the_plain_loop(model, oracle, intervene)
 
 
+@pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.SGD])
+def test_layers_that_are_frozen_from_the_start(algorithm, optimizer):
+    model, oracle = (make(algorithm, policy_kwargs=dict(optimizer_class=optimizer), **LOOP) for _ in range(2))
+    for one in (model, oracle):
+        freeze_the_first_layer(one)
+    before = next(model.q_net.parameters()).detach().clone()
+    assert_trains_as_the_plain_loop(model, oracle)
+    assert th.equal(next(model.q_net.parameters()), before)
+
+
 def test_updates_of_one_call_are_those_of_many_calls(algorithm):
     # It does not matter how gradient steps are divided: minibatches are drawn one after the other
     model, other = (make(algorithm, **LOOP) for _ in range(2))
