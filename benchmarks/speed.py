@@ -35,7 +35,7 @@ from sb3_softq.losses import quantile_huber_loss
 from sb3_softq.value_based.policies import SmallImageCNN
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
-DOCS_IMAGES = Path(__file__).parent.parent / "docs" / "_static"
+DOCS = Path(__file__).parent.parent / "docs"
 BLOCKS = 7
 
 
@@ -263,12 +263,12 @@ def report() -> None:
     from matplotlib import pyplot as plt
 
     measured = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    print("| case | what | ratio | threads | median | quartiles |\n|---|---|---|---|---|---|")
+    table = ["| case | what | ratio | threads | median | quartiles |", "|---|---|---|---|---|---|"]
     bars = []
     for row in sorted(measured, key=lambda row: (row["case"], row["what"], row["threads"], row["ours"])):
         low, middle, high = statistics.quantiles(row["ratios"], n=4)
         name = f"{row['ours']} / {row['reference']}"
-        print(f"| {row['case']} | {row['what']} | {name} | {row['threads']} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+        table.append(f"| {row['case']} | {row['what']} | {name} | {row['threads']} | {middle:.2f} | {low:.2f} to {high:.2f} |")
         if row["threads"] == 1 and row["reference"] == "SB3 DQN":
             bars.append((f"{row['case']}, {row['what']}: {row['ours']}", middle))
     figure, axes = plt.subplots(figsize=(8, 0.28 * len(bars) + 1))
@@ -276,9 +276,10 @@ def report() -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("times as fast as SB3's DQN (1 thread)")
     figure.tight_layout()
-    DOCS_IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(DOCS_IMAGES / "speed.png", dpi=110)
-    print(f"\nPicture: {DOCS_IMAGES / 'speed.png'}")
+    figure.savefig(DOCS / "_static" / "speed.png", dpi=110)
+    (DOCS / "_shared" / "speed.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+    print(f"\nWritten: {DOCS}/_shared/speed.md, {DOCS}/_static/speed.png")
 
 
 if __name__ == "__main__":

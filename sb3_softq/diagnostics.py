@@ -58,9 +58,11 @@ def find_divergence(
     :return: the error, to be raised
     """
     observations = replay_data.observations
-    quantities = {f"observations[{key!r}]": value for key, value in observations.items()} if isinstance(
-        observations, dict
-    ) else {"observations": observations}
+    quantities = (
+        {f"observations[{key!r}]": value for key, value in observations.items()}
+        if isinstance(observations, dict)
+        else {"observations": observations}
+    )
     quantities |= {"rewards": replay_data.rewards, "action values": q_values, "targets": targets, "loss": loss}
     broken = [name for name, value in quantities.items() if not bool(th.isfinite(value).all())]
     return DivergenceError(

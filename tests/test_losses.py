@@ -82,5 +82,5 @@ def test_forms_are_chosen_by_size(monkeypatch):
 )
 def test_shapes_are_checked(shape, target_shape, fractions_shape):
     fractions = None if fractions_shape is None else th.zeros(fractions_shape)
-    with pytest.raises(AssertionError, match="quantiles|fractions"):
+    with pytest.raises(AssertionError, match=r"quantiles|fractions"):
         quantile_huber_loss(th.zeros(shape), th.zeros(target_shape), fractions)

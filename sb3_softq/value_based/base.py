@@ -369,6 +369,11 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
             check_finite("observations", info.get("terminal_observation"), self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may end after total_timesteps, where a linear schedule of the learning rate would be negative
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
     def _on_step(self) -> None:
         """Update the target network and the schedules; called after each step in the environments."""
         self._n_calls += 1
