@@ -29,7 +29,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 SUITES: dict[str, dict[str, Any]] = {
     "classic": {
         "algos": ["dqn", "softdqn", "sqn", "mdqn"],
-        "envs": {"CartPole-v1": 50_000, "Acrobot-v1": 100_000, "MountainCar-v0": 120_000, "LunarLander-v3": 100_000},
+        "envs": {"CartPole-v1": 50_000, "Acrobot-v1": 100_000, "LunarLander-v3": 100_000, "MountainCar-v0": 120_000},
         "seeds": 5,
     },
     "minatar": {
