@@ -66,7 +66,7 @@ demo test: export MPLBACKEND = Agg
 demo/.trained: | $(VENV)/.zoo
 	rm -rf demo/logs
 	$(BIN)/rl-zoo3 train --algo $(DEMO_ALGO) --env $(DEMO_ENV) --seed $(DEMO_SEED) -P --log-folder demo/logs --num-threads 1 \
-		--eval-freq 2500 --eval-episodes 10 --n-eval-envs 5 --verbose 0
+		--eval-freq 2500 --eval-episodes 20 --n-eval-envs 5 --verbose 0
 	@touch $@
 
 demo: $(VENV)/.zoo

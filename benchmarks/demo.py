@@ -39,8 +39,8 @@ def evaluate(model: BaseAlgorithm, env_id: str) -> np.ndarray:
     return np.array(returns)
 
 
-def plot(run: Path, algo: str, env_id: str, returns: np.ndarray, path: Path) -> None:
-    """Learning curve: episodes while training, evaluations on the way, and the final evaluation."""
+def plot(run: Path, algo: str, env_id: str, best_step: int, returns: np.ndarray, path: Path) -> None:
+    """Learning curve: episodes while training, evaluations on the way, and that of the best agent."""
     episodes = load_results(str(run))
     steps, rewards = episodes["l"].cumsum(), episodes["r"]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -49,8 +49,8 @@ def plot(run: Path, algo: str, env_id: str, returns: np.ndarray, path: Path) -> 
     if (run / "evaluations.npz").exists():
         evaluations = np.load(run / "evaluations.npz")
         axes.plot(evaluations["timesteps"], evaluations["results"].mean(axis=1), "o-", color="C1", label="evaluation (greedy)")
-    label = f"final agent, {len(returns)} episodes: {returns.mean():.1f} ± {returns.std():.1f}"
-    axes.plot(steps.iloc[-1], returns.mean(), "*", color="C3", markersize=14, label=label)
+    label = f"best agent, {len(returns)} episodes: {returns.mean():.1f} ± {returns.std():.1f}"
+    axes.plot(best_step, returns.mean(), "*", color="C3", markersize=14, label=label)
     threshold = gym.spec(env_id).reward_threshold
     if threshold is not None:
         axes.axhline(threshold, color="0.5", linestyle="--", linewidth=1, label=f"solved: {threshold:g}")
@@ -93,13 +93,15 @@ def main() -> None:
 
     th.set_num_threads(1)
     run = args.folder / "logs" / args.algo / f"{args.env}_1"
-    model = ALGOS[args.algo].load(run / f"{args.env}.zip", device="cpu")
+    # The agent of the best evaluation on the way: the last one of a value-based training can be a lucky or an unlucky one
+    best = run / "best_model.zip"
+    model = ALGOS[args.algo].load(best if best.exists() else run / f"{args.env}.zip", device="cpu")
     returns = evaluate(model, args.env)
     curve, gif = args.folder / "learning_curve.png", args.folder / "agent.gif"
-    plot(run, args.algo, args.env, returns, curve)
+    plot(run, args.algo, args.env, model.num_timesteps, returns, curve)
     film_return = film(model, args.env, gif)
 
-    print(f"\n{ALGOS[args.algo].__name__} on {args.env} after {model.num_timesteps} steps")
+    print(f"\n{ALGOS[args.algo].__name__} on {args.env}: the best agent of the training, after {model.num_timesteps} steps")
     print(f"  return over {len(returns)} episodes: {returns.mean():.1f} +/- {returns.std():.1f} (lowest {returns.min():.1f})")
     threshold = gym.spec(args.env).reward_threshold
     if threshold is not None:

@@ -109,7 +109,7 @@ def run_one(algo: str, env_id: str, seed: int, n_timesteps: int) -> dict[str, An
                 if self.model.get_vec_normalize_env() is not None:
                     sync_envs_normalization(self.training_env, self.eval_env)
                 mean, _ = evaluate_policy(self.model, self.eval_env, N_CURVE_EPISODES, deterministic=True, warn=False)
-                self.points.append((self.num_timesteps, float(mean)))
+                self.points.append((self.num_timesteps, float(mean)))  # type: ignore[arg-type]
             return True
 
     with tempfile.TemporaryDirectory() as log_folder:

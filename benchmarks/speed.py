@@ -60,7 +60,7 @@ def cartpole() -> gym.Env:
 
 
 def planes() -> gym.Env:
-    return RandomImages(spaces.Box(0, 1, (10, 10, 4), bool))
+    return RandomImages(spaces.Box(0, 1, (10, 10, 4), bool))  # type: ignore[arg-type]
 
 
 def images() -> gym.Env:
