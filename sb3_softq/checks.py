@@ -68,3 +68,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise TypeError(f"{name} must be one of {list(choices)}, not {value!r} of type {type(value).__name__}")
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, not {value!r}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """
+    Raise unless ``value`` is a boolean.
+
+    :param name: how the user calls the argument
+    :param value: what the user passed
+    :raises TypeError: for something else
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r} of type {type(value).__name__}")

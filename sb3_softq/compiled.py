@@ -212,6 +212,17 @@ class CompiledUpdate:
             old.copy_(new)
         return outputs, metrics
 
+    def count_steps(self, n_steps: int) -> None:
+        """
+        Count updates that were made.
+
+        :param n_steps: their number
+        """
+        self.updater.flat_optimizer.count_steps(n_steps)
+        if self.temperature.learned:
+            self.temperature.count_steps(n_steps)
+        self.model._n_updates += n_steps
+
     def __call__(self, samples: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         """
         Update the model.
@@ -223,9 +234,6 @@ class CompiledUpdate:
         leaves = pytree.tree_leaves(_present(samples))
         with th.no_grad():
             outputs, metrics = self._function(self._state(), self._fixed(), leaves, self._rates())
-        self.updater.flat_optimizer.count_steps(self.n_batches)
-        if self.temperature.learned:
-            self.temperature.count_steps(self.n_batches)
         losses, norms, q_values, *step_metrics = outputs
         metrics = metrics or [metric[-1] for metric in step_metrics]
         return losses, norms, q_values[-1], dict(zip(self.metric_names, metrics, strict=True))
@@ -245,19 +253,19 @@ class CompiledTraining:
         self._updates: dict[tuple[int, int], CompiledUpdate] = {}
         self._length = 0
 
-    def train(self, updater: Updater, gradient_steps: int, batch_size: int) -> bool:
+    def train(self, updater: Updater, gradient_steps: int, batch_size: int) -> int:
         """
         What ``model.train()`` does.
 
         :param updater: what applies the model's gradients
         :param gradient_steps: number of updates
         :param batch_size: size of a minibatch
-        :return: whether it was done: where it cannot be, a warning has said why, once
+        :return: number of updates that are left to do: where they cannot be compiled, a warning has said why, once
         :raises DivergenceError: if an update is not finite; the weights are those before it
         """
         model = self.model
         if self.given_up or not self._possible(updater):
-            return False
+            return gradient_steps
         if self._updater is not updater:  # something was replaced: what was compiled refers to the old
             self._updater, self._updates = updater, {}
         if self._length == 0:
@@ -267,15 +275,15 @@ class CompiledTraining:
             n_batches = self._length if gradient_steps >= self._length else 1
             update = self._updates.get((n_batches, batch_size)) or self._compile(n_batches, batch_size)
             if update is None:
-                return False
+                return gradient_steps
             samples = model.replay_buffer.sample(n_batches * batch_size, env=model._vec_normalize_env)  # type: ignore[union-attr]
             losses, grad_norms, q_values, target_metrics = update(samples)
-            self._check(losses + grad_norms, samples)
+            self._check(update, losses + grad_norms, samples)
             model._losses.append((losses, grad_norms))
-            model._n_updates += n_batches
+            update.count_steps(n_batches)
             gradient_steps -= n_batches
         model._report(q_values, target_metrics)
-        return True
+        return 0
 
     def _possible(self, updater: Updater) -> bool:
         if not isinstance(updater, FlatUpdater) or updater.flat_optimizer.betas is None:
@@ -306,15 +314,15 @@ class CompiledTraining:
             print(f"Compiled {n_batches} update(s) of batch size {batch_size} in {update.compile_seconds:.1f} s")
         return update
 
-    def _check(self, results: th.Tensor, samples: ReplayBufferSamples) -> None:
+    def _check(self, update: CompiledUpdate, results: th.Tensor, samples: ReplayBufferSamples) -> None:
         """Raise if an update was not finite: it changed nothing, and neither did those after it."""
         finite = th.isfinite(results)
         if finite.all():
             return
         model, first = self.model, int((~finite).nonzero()[0])
+        update.count_steps(first)
         replay_data = split_samples(samples, len(results))[first]
         with th.no_grad():
             targets, _ = model._compute_targets(replay_data)
             losses, q_values = model._compute_loss(replay_data, targets)
-        n_updates = model._n_updates + first
-        raise find_divergence(replay_data, targets, q_values, losses.mean(), n_updates, model.num_timesteps)
+        raise find_divergence(replay_data, targets, q_values, losses.mean(), model._n_updates, model.num_timesteps)

@@ -57,12 +57,12 @@ def find_divergence(
     :param num_timesteps: environment steps so far
     :return: the error, to be raised
     """
-    observations = replay_data.observations
-    quantities = (
-        {f"observations[{key!r}]": value for key, value in observations.items()}
-        if isinstance(observations, dict)
-        else {"observations": observations}
-    )
+    quantities: dict[str, th.Tensor] = {}
+    for name in ("observations", "next_observations"):
+        values = getattr(replay_data, name)
+        quantities |= (
+            {f"{name}[{key!r}]": value for key, value in values.items()} if isinstance(values, dict) else {name: values}
+        )
     quantities |= {"rewards": replay_data.rewards, "action values": q_values, "targets": targets, "loss": loss}
     broken = [name for name, value in quantities.items() if not bool(th.isfinite(value).all())]
     return DivergenceError(

@@ -42,7 +42,8 @@ class FlatParameters:
 
         :param parameters: parameters of a network
         """
-        return len({(parameter.dtype, parameter.device) for parameter in parameters if parameter.requires_grad}) == 1
+        kinds = {(parameter.dtype, parameter.device, parameter.requires_grad) for parameter in parameters}
+        return len(kinds) == 1 and all(requires_grad for *_, requires_grad in kinds)
 
     def views(self, flat: th.Tensor) -> list[th.Tensor]:
         """
@@ -57,7 +58,7 @@ class FlatParameters:
     def intact(self) -> bool:
         """Whether the parameters and gradients are still the views that this object made."""
         return all(
-            parameter.data_ptr() == pointer and parameter.grad is grad
+            parameter.data_ptr() == pointer and parameter.grad is grad and parameter.requires_grad
             for parameter, pointer, grad in zip(self.parameters, self._pointers, self._grads, strict=True)
         )
 

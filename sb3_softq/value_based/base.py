@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import LinearSchedule, get_parameters_by_nam
 from torch.nn import functional as F
 
 from sb3_softq import operators
-from sb3_softq.checks import check_choice, check_integer, check_number
+from sb3_softq.checks import check_bool, check_choice, check_integer, check_number
 from sb3_softq.compiled import CompiledTraining
 from sb3_softq.diagnostics import check_finite, find_divergence, policy_statistics
 from sb3_softq.flat import FlatUpdater, Updater
@@ -187,6 +187,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         check_number("exploration_fraction", self.exploration_fraction, 0, 1, positive=True)
         check_number("exploration_initial_eps", self.exploration_initial_eps, 0, 1)
         check_number("exploration_final_eps", self.exploration_final_eps, 0, 1)
+        check_bool("torch_compile", self.torch_compile)
         check_number("max_grad_norm", self.max_grad_norm, positive=True, finite=False)
         if self.exploration == "boltzmann" and not isinstance(self.temperature, str) and self.temperature == 0:
             raise ValueError(
@@ -201,7 +202,8 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         if self.replay_buffer is None and self.replay_buffer_class is None:
             self.replay_buffer = self._make_replay_buffer()
         # SB3 writes the class and arguments it chose into the user's: keep those as they came
-        replay_buffer_class, replay_buffer_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs.copy()
+        replay_buffer_class, replay_buffer_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
+        self.replay_buffer_kwargs = replay_buffer_kwargs.copy()
         super()._setup_model()
         self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
         self._create_aliases()
@@ -258,6 +260,16 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer", *self.temperature_module.torch_names("temperature_module")], []
 
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
+        if exact_match and isinstance(load_path_or_dict, dict) and "policy.optimizer" in load_path_or_dict:
+            saved = any(name.startswith("temperature_module") for name in load_path_or_dict)
+            if saved != self.temperature_module.learned:
+                raise ValueError(
+                    f"temperature={self.temperature!r} is {'not ' if saved else ''}learned, but that of the parameters is"
+                    f"{'' if saved else ' not'}: pass the kind of temperature that was saved"
+                )
+        super().set_parameters(load_path_or_dict, exact_match, device)
+
     # ------------------------------------------------------------------ acting
 
     @property
@@ -289,14 +301,19 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         if not deterministic and self.exploration != "boltzmann":
             for i in np.flatnonzero(np.random.rand(len(actions)) < self.exploration_rate):
                 actions[i] = self.action_space.sample()
-        return (actions if vectorized_env else actions[0]), state
+        return (actions if vectorized_env else actions.squeeze(axis=0)), state
 
     def _act_on(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[th.Tensor, bool]:
         """Action values of observations, without gradients, and whether there was a dimension for the environments."""
+        if isinstance(observation, tuple):
+            raise ValueError(
+                "The observation is a tuple. With Gymnasium, reset() returns (observation, info): "
+                "write `obs, info = env.reset()`, and pass obs"
+            )
         self.policy.set_training_mode(False)
         if isinstance(observation, np.ndarray) and observation.shape[1:] == self._vector_shape:
             # What obs_to_tensor() does for a batch of vectors, less the copies
-            obs_tensor: PyTorchObs = th.as_tensor(observation, device=self.device)
+            obs_tensor: PyTorchObs = th.as_tensor(np.require(observation, requirements="W"), device=self.device)
             vectorized_env = True
         else:
             obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
@@ -359,7 +376,11 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
     ) -> None:
         check_finite("rewards", reward, self.num_timesteps)
         check_finite("observations", new_obs, self.num_timesteps)
-        if not dones.any() and self._vec_normalize_env is None:
+        if self._vec_normalize_env is not None:
+            # What is stored; normalisation clips infinities
+            check_finite("rewards", self._vec_normalize_env.get_original_reward(), self.num_timesteps)
+            check_finite("observations", self._vec_normalize_env.get_original_obs(), self.num_timesteps)
+        elif not dones.any():
             # Nothing to replace in new_obs, so no copy is needed: the buffer makes its own (but reshapes entries of a dict)
             next_obs = dict(new_obs) if isinstance(new_obs, dict) else new_obs
             replay_buffer.add(self._last_obs, next_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
@@ -468,7 +489,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
 
     def _get_updater(self) -> Updater:
         """What applies gradients and updates the target network: on flat tensors where these can serve."""
-        if self._updater is None or not self._updater.intact():
+        if self._updater is None or self._updater.optimizer is not self.policy.optimizer or not self._updater.intact():
             flat = self.flat_parameters and FlatUpdater.possible(self.q_net, self.q_net_target)
             self._updater = (FlatUpdater if flat else Updater)(self.q_net, self.q_net_target, self.policy.optimizer)
         return self._updater
@@ -477,7 +498,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         updater = self._get_updater()
-        if self.torch_compile and self._compiled.train(updater, gradient_steps, batch_size):
+        if self.torch_compile and (gradient_steps := self._compiled.train(updater, gradient_steps, batch_size)) == 0:
             return
 
         for replay_data, targets, target_metrics in self._minibatches(gradient_steps, batch_size):  # noqa: B007

@@ -22,6 +22,7 @@ class MunchausenDQN(ValueBasedAlgorithm):
     Parameters not described here are those of :class:`~sb3_softq.value_based.base.ValueBasedAlgorithm`.
 
     :param temperature: weight of entropy and KL divergence together, in the unit of the rewards
+    :param exploration: ``"eps_greedy"`` by default, as in the paper
     :param munchausen_alpha: weight of the scaled log-policy, between 0 (soft Q-learning) and 1
     :param munchausen_clip: lower bound of the scaled log-policy before it is weighted, at most 0; ``-inf`` for none
     """

@@ -58,7 +58,7 @@ class SmallImageCNN(BaseFeaturesExtractor):
         channels, height, width = _image_shape(observation_space)
         if min(height, width) < 3:
             raise ValueError(f"SmallImageCNN reads planes of at least 3x3, not {observation_space}: use MlpPolicy")
-        self.channels_last = observation_space.shape[-1] == channels and observation_space.shape != (channels, height, width)
+        self.channels_last = observation_space.shape[0] >= observation_space.shape[-1]
         self.cnn = nn.Sequential(nn.Conv2d(channels, n_filters, kernel_size=3), nn.ReLU(), nn.Flatten())
         self.linear = nn.Sequential(nn.Linear(n_filters * (height - 2) * (width - 2), features_dim), nn.ReLU())
 

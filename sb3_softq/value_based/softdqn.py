@@ -7,6 +7,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
 
 from sb3_softq import operators
+from sb3_softq.checks import check_bool
 from sb3_softq.value_based.base import ValueBasedAlgorithm
 from sb3_softq.value_based.policies import QPolicy
 
@@ -92,6 +93,10 @@ class SoftDQN(ValueBasedAlgorithm):
         self.double_q = double_q
         if _init_setup_model:
             self._setup_model()
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        check_bool("double_q", self.double_q)
 
     def _targets_frozen(self) -> bool:
         return not self.double_q and super()._targets_frozen()

@@ -25,6 +25,7 @@ class SQN(ValueBasedAlgorithm):
 
     :param tau: Polyak coefficient of the target networks' update, not a temperature
     :param temperature: ``"auto"`` (learned, from 1), ``"auto_0.2"`` (learned, from 0.2), or a number, schedule or callable
+    :param target_update_interval: 1 by default, for the Polyak average
     :param target_entropy: entropy that a learned temperature aims at: nats, or ``"auto"`` / ``"auto_0.3"`` for a fraction of
         the log of the number of actions (``"auto"`` is 0.5)
     """
