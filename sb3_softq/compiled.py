@@ -31,13 +31,8 @@ Tensors = list[th.Tensor]
 
 
 def _adam(data: th.Tensor, grad: th.Tensor, moments: Tensors, rates: th.Tensor, settings: dict[str, Any]) -> Tensors:
-    """One step of Adam or AdamW: new data and moments. ``rates`` are lr, lr / bias_correction1, sqrt(bias_correction2)."""
+    """One step of Adam: new data and moments. ``rates`` are lr, lr / bias_correction1, sqrt(bias_correction2)."""
     beta1, beta2 = settings["betas"]
-    if settings["weight_decay"]:
-        if settings["decoupled"]:
-            data = data * (1 - rates[0] * settings["weight_decay"])
-        else:
-            grad = grad + settings["weight_decay"] * data
     exp_avg = moments[0] + (grad - moments[0]) * (1 - beta1)
     exp_avg_sq = moments[1] * beta2 + grad * grad * (1 - beta2)
     data = data - rates[1] * exp_avg / (exp_avg_sq.sqrt() / rates[2] + settings["eps"])
@@ -180,7 +175,7 @@ class CompiledUpdate:
         new_state = _adam(state[0], grad, state[1:3], rates[:3], optimizer.settings())
         if self.temperature.learned:
             difference = operators.entropy(q_values, temperature).mean() - self.temperature.target_entropy
-            settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+            settings = {"betas": (0.9, 0.999), "eps": 1e-8}
             new_state += _adam(state[3], difference, state[4:6], rates[3:6], settings)
         # An update that is not finite changes nothing, and neither do those after it
         fine = th.isfinite(loss + norm) & (state[-1] > 0)
@@ -287,7 +282,7 @@ class CompiledTraining:
 
     def _possible(self, updater: Updater) -> bool:
         if not isinstance(updater, FlatUpdater) or updater.flat_optimizer.betas is None:
-            self._give_up("the optimiser is no plain Adam or AdamW on the CPU")
+            self._give_up("the optimiser is no Adam without weight decay on the CPU, or parts of the network are frozen")
         elif self.model.policy.has_modes:
             self._give_up("the network has modules that depend on the training mode, or that we do not know")
         return not self.given_up

@@ -67,8 +67,8 @@ class FlatOptimizer:
     """
     Steps of an optimiser on :class:`FlatParameters`.
 
-    For Adam and AdamW on the CPU a step is one fused operation on the flat tensors, whose moments the optimiser's state
-    holds as views. Every other optimiser takes its own step, which sees the parameters in their shapes.
+    For Adam on the CPU (or AdamW without weight decay) a step is one fused operation on the flat tensors, whose moments the
+    optimiser's state holds as views. Every other optimiser takes its own step, which sees the parameters in their shapes.
 
     :param optimizer: optimiser of all the flat parameters
     :param flat: the parameters
@@ -83,13 +83,10 @@ class FlatOptimizer:
 
     def _fused_operation(self) -> Any:
         """The fused operation that computes the optimiser's step, or None if there is none."""
-        operation = {th.optim.Adam: "_fused_adam_", th.optim.AdamW: "_fused_adamw_"}.get(type(self.optimizer))
         groups = self.optimizer.param_groups
-        if operation is None or not hasattr(th, operation) or self.flat.data.device.type != "cpu" or len(groups) != 1:
+        served = type(self.optimizer) in (th.optim.Adam, th.optim.AdamW) and hasattr(th, "_fused_adam_")
+        if not served or self.flat.data.device.type != "cpu" or len(groups) != 1:
             return None
-        # Since torch 2.7 AdamW is an Adam with this flag, which Adam has too
-        if groups[0].get("decoupled_weight_decay"):
-            operation = "_fused_adamw_"
         unusual = any(groups[0].get(option) for option in ("amsgrad", "maximize", "differentiable", "capturable"))
         hooks = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
         trained = [parameter for parameter in groups[0]["params"] if parameter.requires_grad]
@@ -98,7 +95,7 @@ class FlatOptimizer:
         )
         steps = {float(state["step"]) for state in self._states() if "step" in state}
         complete = sum("step" in state for state in self._states()) in (0, len(self.flat.parameters))
-        return getattr(th, operation) if same and complete and len(steps) <= 1 and not unusual and not hooks else None
+        return th._fused_adam_ if same and complete and len(steps) <= 1 and not unusual and not hooks else None
 
     def _states(self) -> list[dict[str, Any]]:
         return [self.optimizer.state.get(parameter, {}) for parameter in self.flat.parameters]
@@ -125,9 +122,7 @@ class FlatOptimizer:
 
     def settings(self) -> dict[str, Any]:
         """What of Adam's step is constant."""
-        group = self.optimizer.param_groups[0]
-        decoupled = self._fused is th._fused_adamw_
-        return {**{name: group[name] for name in ("betas", "eps", "weight_decay")}, "decoupled": decoupled}
+        return {name: self.optimizer.param_groups[0][name] for name in ("betas", "eps")}
 
     @property
     def n_steps(self) -> int:
@@ -169,7 +164,7 @@ class FlatOptimizer:
             lr=float(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
+            weight_decay=0.0,
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
@@ -231,14 +226,18 @@ class FlatUpdater(Updater):
         self.flat_optimizer = FlatOptimizer(optimizer, self.flat)
 
     @staticmethod
-    def possible(network: nn.Module, target: nn.Module) -> bool:
+    def possible(network: nn.Module, target: nn.Module, optimizer: th.optim.Optimizer) -> bool:
         """
-        Whether the networks can have flat parameters.
+        Whether flat parameters can serve.
 
         :param network: the trained network
         :param target: its target network
+        :param optimizer: the optimiser of all trainable parameters of ``network``
         """
-        return FlatParameters.possible(network.parameters()) and FlatParameters.possible(target.parameters())
+        # Weight decay leaves parameters alone that have no gradient; a flat gradient is zero there, which does not tell
+        decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+        flat = FlatParameters.possible(network.parameters()) and FlatParameters.possible(target.parameters())
+        return flat and not decays
 
     def intact(self) -> bool:
         return self.flat.intact() and self.flat_target.intact() and self.flat_optimizer.intact()

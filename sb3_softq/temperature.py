@@ -161,7 +161,8 @@ class Temperature(nn.Module):
         if not state:
             zeros = {"step": th.zeros(()), **{name: th.zeros_like(self.log_temperature) for name in ("exp_avg", "exp_avg_sq")}}
             state.update(zeros)
-        return [self.log_temperature.data, state["exp_avg"], state["exp_avg_sq"]]
+        # With a dimension: torch 2.13 does not write a float64 without one back out of compiled code
+        return [tensor.view(1) for tensor in (self.log_temperature.data, state["exp_avg"], state["exp_avg_sq"])]
 
     @property
     def n_steps(self) -> int:
@@ -185,7 +186,7 @@ class Temperature(nn.Module):
         :param schedule_state: for one that follows a schedule
         """
         if log_temperature is not None:
-            self._replacement = log_temperature.detach().exp()
+            self._replacement = log_temperature.detach().exp().reshape(())
         elif schedule_state:
             (self._replacement,) = schedule_state
         try:

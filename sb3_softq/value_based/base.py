@@ -490,7 +490,7 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
     def _get_updater(self) -> Updater:
         """What applies gradients and updates the target network: on flat tensors where these can serve."""
         if self._updater is None or self._updater.optimizer is not self.policy.optimizer or not self._updater.intact():
-            flat = self.flat_parameters and FlatUpdater.possible(self.q_net, self.q_net_target)
+            flat = self.flat_parameters and FlatUpdater.possible(self.q_net, self.q_net_target, self.policy.optimizer)
             self._updater = (FlatUpdater if flat else Updater)(self.q_net, self.q_net_target, self.policy.optimizer)
         return self._updater
 
