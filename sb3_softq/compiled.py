@@ -11,6 +11,7 @@ The eager path gives the same numbers up to rounding, and takes over where this 
 import time
 import warnings
 from contextlib import ExitStack
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,7 +91,9 @@ class CompiledUpdate:
             else:
                 step_inputs = [*minibatch, rates[0]]
             self._step_graph = self._trace(self._step, state, fixed, step_inputs)
-            self._function = th.compile(self._run, fullgraph=True, options={"cpp_wrapper": True})
+            # Of a code object of its own: torch counts compilations for each code object, and gives up after a few
+            run = FunctionType(CompiledUpdate._run.__code__.replace(), CompiledUpdate._run.__globals__)
+            self._function = th.compile(MethodType(run, self), fullgraph=True, options={"cpp_wrapper": True})
             # The first call compiles; on copies, so that it trains nothing
             self._function([tensor.clone() for tensor in state], fixed, leaves, rates)
         self.compile_seconds = time.perf_counter() - start
