@@ -215,7 +215,7 @@ def report(name: str) -> None:
     figure, all_axes = plt.subplots(1, len(suite["envs"]), figsize=(4.2 * len(suite["envs"]), 3.4), squeeze=False)
     table = ["| environment, steps | algorithm | seeds | final return | return over the whole run |", "|---|---|---|---|---|"]
     for axes, (env_id, n_timesteps) in zip(all_axes[0], suite["envs"].items(), strict=True):
-        for algo in suite["algos"]:
+        for i, algo in enumerate(suite["algos"]):
             runs = [row for row in rows if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps)]
             if not runs:
                 continue
@@ -225,10 +225,11 @@ def report(name: str) -> None:
             texts = [f"{iqm:.1f} [{low:.1f}, {high:.1f}]" for iqm, low, high in cells]
             table.append(f"| {env_id}, {n_timesteps:,} | {algo} | {len(runs)} | {texts[0]} | {texts[1]} |")
             middle = np.array([interquartile_mean(point) for point in curves.T])
-            axes.plot(steps, middle[:, 0], label=algo)
-            axes.fill_between(steps, middle[:, 1], middle[:, 2], alpha=0.15)
+            axes.plot(steps, middle[:, 0], color=f"C{i}", label=algo)
+            axes.fill_between(steps, middle[:, 1], middle[:, 2], color=f"C{i}", alpha=0.15)
         axes.set_title(env_id)
         axes.set_xlabel("environment steps")
+        axes.locator_params(axis="x", nbins=5)
     all_axes[0, 0].set_ylabel(f"return ({N_CURVE_EPISODES} deterministic episodes)")
     all_axes[0, 0].legend()
     figure.tight_layout()

@@ -158,6 +158,13 @@ def ratios(
     return result
 
 
+def check_compiled(names: list[str], models: list[Any]) -> None:
+    """Raise if a model that should train by compiled updates did not."""
+    for name, model in zip(names, models, strict=True):
+        if "compiled" in name and model._compiled.given_up:
+            raise SystemExit(f"{name}: the updates were not compiled, so there is no ratio to report")
+
+
 def quantile_ratios(clock: Callable[[], float]) -> dict[str, list[float]]:
     """Loss and gradient of quantile regression, ours over contrib's."""
     from sb3_contrib.common.utils import quantile_huber_loss as contrib_loss
@@ -235,6 +242,7 @@ def run(cases: list[str], threads: int, names: list[str], quick: bool, clock: st
             return block
 
         measured = ratios(update(build(DQN, case)), {name: update(model) for name, model in models.items()}, timer)
+        check_compiled(names, list(models.values()))
         write(rows(case_name, "update", "SB3 DQN", measured))
         if not case_name.startswith("mlp"):
             continue
@@ -246,8 +254,11 @@ def run(cases: list[str], threads: int, names: list[str], quick: bool, clock: st
                 # Exploring until the end of the first tenth as all do: the block is a training of its own
                 return lambda: model.learn(n_steps, log_interval=None)
 
-            ours = {name: learn(build(OURS[name][0], case, **OURS[name][1], **kwargs)) for name in names}
-            write(rows(case_name, f"learn(), {schedule}", "SB3 DQN", ratios(learn(build(DQN, case, **kwargs)), ours, timer)))
+            models = {name: build(OURS[name][0], case, **OURS[name][1], **kwargs) for name in names}
+            ours = {name: learn(model) for name, model in models.items()}
+            measured = ratios(learn(build(DQN, case, **kwargs)), ours, timer)
+            check_compiled(names, list(models.values()))
+            write(rows(case_name, f"learn(), {schedule}", "SB3 DQN", measured))
         if sbx:
             write(rows(case_name, "learn(), 1 per step", "sbx DQN", {"mdqn": sbx_ratio(sbx, case, 4_096 // scale)}))
     measured = quantile_ratios(timer)
