@@ -78,7 +78,7 @@ class CompiledUpdate:
         self.temperature = model.temperature_module
         self.sample_type = type(samples)
         self.frozen = model._targets_frozen()
-        self.names = [name for name, parameter in model.q_net.named_parameters() if parameter.requires_grad]
+        self.names = [name for name, _ in model.q_net.named_parameters()]
         leaves, self.structure = pytree.tree_flatten(_present(samples))
         minibatch = [leaf[: len(leaf) // n_batches] for leaf in leaves]
         state, fixed, rates = self._state(), self._fixed(), self._rates()
@@ -284,7 +284,7 @@ class CompiledTraining:
         return 0
 
     def _possible(self, updater: Updater) -> bool:
-        if not isinstance(updater, FlatUpdater) or updater.flat_optimizer.betas is None:
+        if not isinstance(updater, FlatUpdater) or not updater.flat_optimizer.fused:
             self._give_up("the optimiser is no Adam without weight decay on the CPU, or parts of the network are frozen")
         elif self.model.policy.has_modes:
             self._give_up("the network has modules that depend on the training mode, or that we do not know")

@@ -17,16 +17,16 @@ from torch import nn
 
 class FlatParameters:
     """
-    The trainable parameters of a network, and their gradients, as views of :attr:`data` and :attr:`grad`.
+    The parameters of a network, and their gradients, as views of :attr:`data` and :attr:`grad`.
 
     Whatever replaces a parameter's tensor (moving the network to another device, for instance) ends that; ask
     :meth:`intact`, and make a new object.
 
-    :param parameters: parameters of one dtype on one device
+    :param parameters: parameters for which :meth:`possible` holds
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.parameters = list(parameters)
         self.data = th.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         self.grad = th.zeros_like(self.data)
         self._grads = self.views(self.grad)
@@ -38,12 +38,13 @@ class FlatParameters:
     @staticmethod
     def possible(parameters: Iterable[nn.Parameter]) -> bool:
         """
-        Whether parameters have one dtype and one device, and there are any.
+        Whether there are parameters, all of them trainable and of one dtype on one device.
 
         :param parameters: parameters of a network
         """
-        kinds = {(parameter.dtype, parameter.device, parameter.requires_grad) for parameter in parameters}
-        return len(kinds) == 1 and all(requires_grad for *_, requires_grad in kinds)
+        parameters = list(parameters)
+        kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
+        return len(kinds) == 1 and all(parameter.requires_grad for parameter in parameters)
 
     def views(self, flat: th.Tensor) -> list[th.Tensor]:
         """
@@ -77,25 +78,22 @@ class FlatOptimizer:
     def __init__(self, optimizer: th.optim.Optimizer, flat: FlatParameters) -> None:
         self.optimizer = optimizer
         self.flat = flat
-        self._fused = self._fused_operation()
-        if self._fused is not None:
+        # Whether a step is one fused operation on the flat tensors
+        self.fused = self._can_fuse()
+        if self.fused:
             self._share_moments()
 
-    def _fused_operation(self) -> Any:
-        """The fused operation that computes the optimiser's step, or None if there is none."""
+    def _can_fuse(self) -> bool:
         groups = self.optimizer.param_groups
         served = type(self.optimizer) in (th.optim.Adam, th.optim.AdamW) and hasattr(th, "_fused_adam_")
         if not served or self.flat.data.device.type != "cpu" or len(groups) != 1:
-            return None
+            return False
         unusual = any(groups[0].get(option) for option in ("amsgrad", "maximize", "differentiable", "capturable"))
         hooks = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
-        trained = [parameter for parameter in groups[0]["params"] if parameter.requires_grad]
-        same = len(trained) == len(self.flat.parameters) and all(
-            own is other for own, other in zip(trained, self.flat.parameters, strict=True)
-        )
+        same = [id(own) for own in groups[0]["params"]] == [id(own) for own in self.flat.parameters]
         steps = {float(state["step"]) for state in self._states() if "step" in state}
         complete = sum("step" in state for state in self._states()) in (0, len(self.flat.parameters))
-        return th._fused_adam_ if same and complete and len(steps) <= 1 and not unusual and not hooks else None
+        return same and complete and len(steps) <= 1 and not unusual and not hooks
 
     def _states(self) -> list[dict[str, Any]]:
         return [self.optimizer.state.get(parameter, {}) for parameter in self.flat.parameters]
@@ -114,11 +112,6 @@ class FlatOptimizer:
             for name, value in old.items():
                 new[name].copy_(th.as_tensor(value))
             self.optimizer.state[parameter] = new
-
-    @property
-    def betas(self) -> tuple[float, float] | None:
-        """Adam's coefficients, or None if the optimiser takes its own steps."""
-        return None if self._fused is None else self.optimizer.param_groups[0]["betas"]
 
     def settings(self) -> dict[str, Any]:
         """What of Adam's step is constant."""
@@ -139,8 +132,8 @@ class FlatOptimizer:
 
     def intact(self) -> bool:
         """Whether the optimiser's state is still what this object made (loading a state replaces it)."""
-        if self._fused is None:
-            return self._fused_operation() is None
+        if not self.fused:
+            return not self._can_fuse()
         state = self.optimizer.state
         return all(
             state.get(parameter, {}).get("exp_avg") is shared["exp_avg"]
@@ -149,12 +142,12 @@ class FlatOptimizer:
 
     def step(self) -> None:
         """One step with the gradients in ``flat.grad``."""
-        if self._fused is None:
+        if not self.fused:
             self.optimizer.step()
             return
         group = self.optimizer.param_groups[0]
         self.steps.add_(1)
-        self._fused(
+        th._fused_adam_(
             [self.flat.data],
             [self.flat.grad],
             [self.exp_avg],
