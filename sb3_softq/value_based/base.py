@@ -2,34 +2,26 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import LinearSchedule, get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 
 from sb3_softq import operators
 from sb3_softq.checks import check_bool, check_choice, check_integer, check_number
 from sb3_softq.compiled import CompiledTraining
-from sb3_softq.diagnostics import check_finite, find_divergence, policy_statistics
+from sb3_softq.diagnostics import find_divergence, policy_statistics
 from sb3_softq.flat import FlatUpdater, Updater
-from sb3_softq.replay import (
-    GrowingDictReplayBuffer,
-    GrowingNStepReplayBuffer,
-    GrowingReplayBuffer,
-    GrowingStorage,
-    split_samples,
-)
+from sb3_softq.off_policy import RegularisedAlgorithm
+from sb3_softq.replay import GrowingStorage, split_samples
 from sb3_softq.temperature import Temperature
 from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QNetwork, QPolicy, is_vector_space
-
-SelfValueBasedAlgorithm = TypeVar("SelfValueBasedAlgorithm", bound="ValueBasedAlgorithm")
 
 # Memory of the minibatches that are sampled at once: a few of Atari's, hundreds of a classic control task's
 CHUNK_BYTES = 2**23
@@ -40,7 +32,7 @@ REPORT_INTERVAL = 16
 EXPLORATIONS = ("boltzmann", "eps_greedy", "boltzmann_eps")
 
 
-class ValueBasedAlgorithm(OffPolicyAlgorithm):
+class ValueBasedAlgorithm(RegularisedAlgorithm):
     """
     Base of the algorithms that learn action values and act on them.
 
@@ -170,19 +162,8 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
             )
         if self.action_space.start != 0:
             raise ValueError(f"{type(self).__name__} takes Discrete actions from 0 on, not action_space={self.action_space}")
-        if isinstance(self.observation_space, (spaces.Tuple, spaces.Text, spaces.Sequence, spaces.Graph)):
-            raise ValueError(
-                f"No policy of {type(self).__name__} reads observation_space={self.observation_space}: "
-                "wrap the environment so that it has Box, Discrete or Dict observations"
-            )
-        check_integer("buffer_size", self.buffer_size, 1)
-        check_integer("batch_size", self.batch_size, 1)
-        check_integer("gradient_steps", self.gradient_steps, -1)
-        check_integer("n_steps", self.n_steps, 1)
+        super()._check_arguments()
         check_integer("target_update_interval", self.target_update_interval, 1)
-        check_number("learning_starts", self.learning_starts, 0)
-        check_number("tau", self.tau, 0, 1)
-        check_number("gamma", self.gamma, 0, 1)
         check_choice("exploration", self.exploration, EXPLORATIONS)
         check_number("exploration_fraction", self.exploration_fraction, 0, 1, positive=True)
         check_number("exploration_initial_eps", self.exploration_initial_eps, 0, 1)
@@ -194,18 +175,9 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
                 "temperature must be positive, not 0, with exploration='boltzmann', which would never explore: "
                 "pass a positive temperature or exploration='eps_greedy'"
             )
-        if self.n_steps > 1 and (isinstance(self.observation_space, spaces.Dict) or self.optimize_memory_usage):
-            raise ValueError(f"n_steps={self.n_steps} needs observations that are no Dict and optimize_memory_usage=False")
 
     def _setup_model(self) -> None:
-        self._check_arguments()
-        if self.replay_buffer is None and self.replay_buffer_class is None:
-            self.replay_buffer = self._make_replay_buffer()
-        # SB3 writes the class and arguments it chose into the user's: keep those as they came
-        replay_buffer_class, replay_buffer_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
-        self.replay_buffer_kwargs = replay_buffer_kwargs.copy()
         super()._setup_model()
-        self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
         self._create_aliases()
         self._updater: Updater | None = None
         # Losses and gradient norms since the last report
@@ -228,25 +200,6 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
             learnable=self.learns_temperature,
         ).to(self.device)
         self.temperature_module.update(self._current_progress_remaining)
-
-    def _make_replay_buffer(self) -> ReplayBuffer:
-        replay_buffer_kwargs = self.replay_buffer_kwargs.copy()
-        if isinstance(self.observation_space, spaces.Dict):
-            replay_buffer_class: type[ReplayBuffer] = GrowingDictReplayBuffer
-        elif self.n_steps > 1:
-            replay_buffer_class = GrowingNStepReplayBuffer
-            replay_buffer_kwargs.update(n_steps=self.n_steps, gamma=self.gamma)
-        else:
-            replay_buffer_class = GrowingReplayBuffer
-        return replay_buffer_class(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=self.n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **replay_buffer_kwargs,
-        )
 
     def _create_aliases(self) -> None:
         self.q_net = self.policy.q_net  # type: ignore[assignment]
@@ -359,41 +312,6 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         return self._evaluate(observation, lambda *args: operators.soft_value(*args).squeeze(1))
 
     # ------------------------------------------------------------------ collecting
-
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._setup_learn(*args, **kwargs)
-        check_finite("observations", self._last_obs, self.num_timesteps)
-        return result
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        check_finite("rewards", reward, self.num_timesteps)
-        check_finite("observations", new_obs, self.num_timesteps)
-        if self._vec_normalize_env is not None:
-            # What is stored; normalisation clips infinities
-            check_finite("rewards", self._vec_normalize_env.get_original_reward(), self.num_timesteps)
-            check_finite("observations", self._vec_normalize_env.get_original_obs(), self.num_timesteps)
-        elif not dones.any():
-            # Nothing to replace in new_obs, so no copy is needed: the buffer makes its own (but reshapes entries of a dict)
-            next_obs = dict(new_obs) if isinstance(new_obs, dict) else new_obs
-            replay_buffer.add(self._last_obs, next_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
-            self._last_original_obs = self._last_obs = new_obs  # type: ignore[assignment]
-            return
-        for info in infos:
-            check_finite("observations", info.get("terminal_observation"), self.num_timesteps)
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may end after total_timesteps, where a linear schedule of the learning rate would be negative
-        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _on_step(self) -> None:
         """Update the target network and the schedules; called after each step in the environments."""
@@ -532,33 +450,3 @@ class ValueBasedAlgorithm(OffPolicyAlgorithm):
         }
         for name, value in zip(metrics, th.stack(list(metrics.values())).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
-
-    def learn(
-        self: SelfValueBasedAlgorithm,
-        total_timesteps: int = 1_000_000,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str | None = None,
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfValueBasedAlgorithm:
-        """
-        Train; see :meth:`stable_baselines3.DQN.learn`.
-
-        :param total_timesteps: number of environment steps
-        :param callback: callbacks, called at every step
-        :param log_interval: episodes between two logs
-        :param tb_log_name: name of the TensorBoard run, by default the class's
-        :param reset_num_timesteps: whether the count of steps, and with it every schedule, starts again
-        :param progress_bar: whether to show a progress bar
-        :return: the model
-        :raises DivergenceError: if a reward, an observation or a loss is not finite; the weights are those before it
-        """
-        return super().learn(
-            total_timesteps,
-            callback,
-            log_interval,
-            type(self).__name__ if tb_log_name is None else tb_log_name,
-            reset_num_timesteps,
-            progress_bar,
-        )
