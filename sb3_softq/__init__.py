@@ -3,7 +3,17 @@
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_softq.diagnostics import DivergenceError
-from sb3_softq.value_based import SQN, MunchausenDQN, SoftDQN
+from sb3_softq.value_based import (
+    CVI,
+    DPP,
+    SQN,
+    MirrorDescentDQN,
+    MomentumDQN,
+    MunchausenDQN,
+    MunchausenIQN,
+    SACDiscrete,
+    SoftDQN,
+)
 from sb3_softq.version import __version__
 
 # rl-zoo3 key -> class
@@ -11,6 +21,25 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
     "softdqn": SoftDQN,
     "sqn": SQN,
     "mdqn": MunchausenDQN,
+    "miqn": MunchausenIQN,
+    "dpp": DPP,
+    "cvi": CVI,
+    "modqn": MomentumDQN,
+    "mddqn": MirrorDescentDQN,
+    "sacd": SACDiscrete,
 }
 
-__all__ = ["ALGOS", "SQN", "DivergenceError", "MunchausenDQN", "SoftDQN", "__version__"]
+__all__ = [
+    "ALGOS",
+    "CVI",
+    "DPP",
+    "SQN",
+    "DivergenceError",
+    "MirrorDescentDQN",
+    "MomentumDQN",
+    "MunchausenDQN",
+    "MunchausenIQN",
+    "SACDiscrete",
+    "SoftDQN",
+    "__version__",
+]

@@ -275,7 +275,7 @@ class CompiledTraining:
             update = self._updates.get((n_batches, batch_size)) or self._compile(n_batches, batch_size)
             if update is None:
                 return gradient_steps
-            samples = model.replay_buffer.sample(n_batches * batch_size, env=model._vec_normalize_env)  # type: ignore[union-attr]
+            samples = model._sample(n_batches * batch_size)
             losses, grad_norms, q_values, target_metrics = update(samples)
             self._check(update, losses + grad_norms, samples)
             model._losses.append((losses, grad_norms))
@@ -300,7 +300,7 @@ class CompiledTraining:
         assert model.replay_buffer is not None and isinstance(updater, FlatUpdater)
         # A sample to compile with must not change which ones are drawn to train with
         random_state = np.random.get_state()
-        samples = model.replay_buffer.sample(n_batches * batch_size, env=model._vec_normalize_env)
+        samples = model._sample(n_batches * batch_size)
         np.random.set_state(random_state)
         try:
             update = CompiledUpdate(model, updater, samples, n_batches)

@@ -213,8 +213,9 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _setup_model(self) -> None:
         self._masking = has_action_masks(self.env)
         self._masks: np.ndarray | None = None
+        self._check_arguments()
+        self.layout = ActionLayout(self.action_space)
         super()._setup_model()
-        self.layout = self.policy.layout
         self._create_aliases()
         self._updater: Updater | None = None
         # Losses and gradient norms since the last report
@@ -239,12 +240,15 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         )
 
     def _storage_options(self) -> dict[str, Any]:
-        extra_fields: dict[str, tuple[tuple[int, ...], Any]] = {}
-        if self._masking:
-            n_values = ActionLayout(self.action_space).n_values
-            extra_fields = {name: ((n_values,), bool) for name in ("action_masks", "next_action_masks")}
         keep_steps = self.n_step_bonus or self.tree_backup
-        return dict(super()._storage_options(), keep_steps=keep_steps, extra_fields=extra_fields)
+        return dict(super()._storage_options(), keep_steps=keep_steps, extra_fields=self._extra_fields())
+
+    def _extra_fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """What is stored beside each transition: name -> (shape, dtype). :meth:`_pending` gives it."""
+        if not self._masking:
+            return {}
+        n_values = self.layout.n_values
+        return {name: ((n_values,), "bool") for name in ("action_masks", "next_action_masks")}
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -259,7 +263,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         derived = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target", "exploration_schedule"]
         derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report", "_compiled"]
-        derived += ["layout", "_masking", "_masks"]
+        derived += ["layout", "_masking", "_masks", "_extra_names"]
         return [*super()._excluded_save_params(), *derived]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -417,12 +421,13 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
                 f"The environment has {'no ' if self._masking else ''}action_masks(), but that of the model has"
                 f"{'' if self._masking else ' not'}: make the model with the environment that it trains on"
             )
+        self._extra_names = list(self._extra_fields())
+        if self._extra_names and not isinstance(self.replay_buffer, GrowingStorage):
+            raise ValueError(
+                f"{', '.join(self._extra_names)} are stored by the package's own replay buffers, not by "
+                f"{type(self.replay_buffer).__name__}: leave replay_buffer_class=None"
+            )
         if self._masking:
-            if not isinstance(self.replay_buffer, GrowingStorage):
-                raise ValueError(
-                    "Action masks are stored by the package's own replay buffers, not by "
-                    f"{type(self.replay_buffer).__name__}: leave replay_buffer_class=None"
-                )
             self._masks = self._read_masks(self._last_obs)
         return result
 
@@ -442,8 +447,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             actions = self._random_actions(self.layout.mask_rows(th.from_numpy(self._masks), len(self._masks)))
         else:
             assert self._last_obs is not None
-            masks = self._masks.reshape(n_envs, -1)[:, self.layout.columns]
-            actions, _ = self.predict(self._last_obs, deterministic=False, action_masks=masks)
+            actions, _ = self.predict(self._last_obs, deterministic=False, action_masks=self._flat_masks())
         return actions, actions
 
     def _store_transition(
@@ -455,15 +459,22 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        if self._masks is not None:
+        if self._extra_names:
             assert isinstance(replay_buffer, GrowingStorage)
+            replay_buffer.pending = self._pending()
+        if self._masks is not None:
             masks = self._read_masks(new_obs)
-            replay_buffer.pending = {
-                "action_masks": self._masks,
-                "next_action_masks": self._next_masks(masks, dones, infos),
-            }
+            replay_buffer.pending["next_action_masks"] = self._next_masks(masks, dones, infos)  # type: ignore[attr-defined]
             self._masks = masks
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _pending(self) -> dict[str, np.ndarray]:
+        """The :meth:`_extra_fields` of the transition that is about to be stored, but the next masks."""
+        return {} if self._masks is None else {"action_masks": self._masks}
+
+    def _flat_masks(self) -> np.ndarray | None:
+        """Masks of the environments' current states as they gave them, ``(n_envs, n_actions)``; None without masks."""
+        return None if self._masks is None else self._masks[:, self.layout.columns]
 
     def _next_masks(self, masks: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """Masks of the next states, which at the end of an episode are not those of the environments' current states."""
@@ -629,7 +640,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         at_once = self.batches_at_once(batch_size)
         for start in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - start)
-            samples = self.replay_buffer.sample(n_batches * batch_size, env=self._vec_normalize_env)
+            samples = self._sample(n_batches * batch_size)
             minibatches = split_samples(samples, n_batches)
             if self._targets_frozen():
                 with th.no_grad():
@@ -641,6 +652,18 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
                     with th.no_grad():
                         targets, metrics = self._compute_targets(minibatch)
                     yield minibatch, targets, metrics
+
+    def _sample(self, n_samples: int) -> Any:
+        """Samples of the replay buffer, with what the algorithm adds to them."""
+        return self._extend(self.replay_buffer.sample(n_samples, env=self._vec_normalize_env))  # type: ignore[union-attr]
+
+    def _extend(self, samples: Any) -> Any:
+        """
+        Add what the hooks need beyond the transitions, so that compiled updates get it as an input (see ``extras``).
+
+        :param samples: what the replay buffer gave
+        """
+        return samples
 
     def batches_at_once(self, batch_size: int) -> int:
         """

@@ -6,18 +6,17 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_softq import operators
-from sb3_softq.checks import check_number
-from sb3_softq.value_based.base import ValueBasedAlgorithm
+from sb3_softq.value_based.gap_increasing import GapIncreasingAlgorithm, check_munchausen
 from sb3_softq.value_based.policies import QPolicy
 
 
-class MunchausenDQN(ValueBasedAlgorithm):
+class MunchausenDQN(GapIncreasingAlgorithm):
     """
     Munchausen DQN: soft Q-learning whose reward carries the scaled log-policy of the taken action.
 
     That term regularises the policy towards the previous one by their KL divergence, without a network for either, and
-    widens the gaps between actions. Vieillard, Pietquin and Geist 2020 (arXiv:2007.14430), whose constants are the defaults.
+    widens the gaps between actions. Vieillard, Pietquin and Geist 2020 (arXiv:2007.14430): the target is equation 2,
+    everything in it of the target network, and the defaults are the paper's constants.
 
     Parameters not described here are those of :class:`~sb3_softq.value_based.base.ValueBasedAlgorithm`.
 
@@ -105,20 +104,4 @@ class MunchausenDQN(ValueBasedAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        check_number("munchausen_alpha", self.munchausen_alpha, 0, 1)
-        check_number("munchausen_clip", self.munchausen_clip, maximum=0, finite=False)
-
-    @property
-    def _has_bonus(self) -> bool:
-        return True
-
-    def _value(self, estimates: tuple[th.Tensor, ...], mask: th.Tensor | None) -> th.Tensor:
-        return operators.soft_value(estimates[0], self.current_temperature, mask)
-
-    def _bonus(
-        self, estimates: tuple[th.Tensor, ...], actions: th.Tensor, mask: th.Tensor | None
-    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        # alpha * clip(temperature * log pi(a|s), clip, 0), with pi of the target network (arXiv:2007.14430, equation 2)
-        log_policy = self._joint(operators.gap_bonus(estimates[0], actions, self.current_temperature, mask=mask))
-        metrics = {"munchausen_clip_fraction": (log_policy <= self.munchausen_clip).to(log_policy.dtype).mean()}
-        return self.munchausen_alpha * log_policy.clamp(min=self.munchausen_clip), metrics
+        check_munchausen(self.munchausen_alpha, self.munchausen_clip)

@@ -216,7 +216,17 @@ class QNetworks(BasePolicy):
         :param obs: observations
         :return: ``(n_networks, batch_size, n_actions)``
         """
-        return th.stack([network(obs) for network in self.networks])
+        return self.networks_of(obs, slice(None))
+
+    def networks_of(self, obs: PyTorchObs, which: slice) -> th.Tensor:
+        """
+        Values of some of the networks.
+
+        :param obs: observations
+        :param which: which of them
+        :return: ``(n_selected, batch_size, n_actions)``
+        """
+        return th.stack([network(obs) for network in self.networks[which]])
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self(observation).amin(dim=0).argmax(dim=1)
@@ -366,6 +376,21 @@ class TwinCnnQPolicy(TwinQPolicy, CnnQPolicy):
 
 class TwinMultiInputQPolicy(TwinQPolicy, MultiInputQPolicy):
     """:class:`TwinQPolicy` for Dict observations."""
+
+
+class SumQPolicy(TwinQPolicy):
+    """:class:`QPolicy` with two networks; the agent acts on their sum."""
+
+    def q_values(self, obs: PyTorchObs) -> th.Tensor:
+        return self.q_net(obs).sum(dim=0)
+
+
+class SumCnnQPolicy(SumQPolicy, CnnQPolicy):
+    """:class:`SumQPolicy` for images."""
+
+
+class SumMultiInputQPolicy(SumQPolicy, MultiInputQPolicy):
+    """:class:`SumQPolicy` for Dict observations."""
 
 
 class ActorQPolicy(TwinQPolicy):
