@@ -103,7 +103,8 @@ def random_transitions(observation_space, action_space, n_envs, n_rows):
 
 def fill_buffer(model, n_rows):
     """Add random transitions to a model's replay buffer, all actions valid; ``n_rows`` for each environment."""
-    model.replay_buffer.pending = {name: np.ones_like(array[0]) for name, array in model.replay_buffer.extras.items()}
+    extras = getattr(model.replay_buffer, "extras", {})
+    model.replay_buffer.pending = {name: np.ones_like(array[0]) for name, array in extras.items()}
     for transition in random_transitions(model.observation_space, model.action_space, model.n_envs, n_rows):
         model.replay_buffer.add(*transition)
 

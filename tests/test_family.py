@@ -43,7 +43,7 @@ class TestIdentities:
         soft = make(SoftDQN, temperature=T)
         cvi = twin(soft, CVI, temperature=T, munchausen_alpha=0.0)
         replay_data = sample(soft)
-        shift = GAMMA_OF_IDENTITIES * T * math.log(3) * (1 - replay_data.dones.double())
+        shift = (GAMMA_OF_IDENTITIES * (1 - replay_data.dones)) * (T * math.log(3) * th.ones(1))
         assert_same(targets(cvi, replay_data), targets(soft, replay_data) - shift, **ROUNDING)
 
     def test_cvi_at_temperature_0_is_advantage_learning(self):
