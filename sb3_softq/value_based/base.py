@@ -324,6 +324,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             padded = self.layout.padded_mask(np.stack(flat))
             if len(padded) != len(values):
                 raise ValueError(f"predict() needs a mask for each of its {len(values)} observations, not {len(padded)}")
+            check_valid(padded, self.layout, "predict()'s observation")
             masks = th.from_numpy(padded).to(values.device)
         return self.layout.rows(values), self.layout.mask_rows(masks, len(values), values.device)
 
@@ -429,8 +430,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _read_masks(self, observation: Any) -> np.ndarray:
         """Masks of the environments' current states, ``(n_envs, n_heads * width)``."""
         masks = self.layout.padded_mask(action_masks(self.env, self.layout.n_flat))  # type: ignore[arg-type]
-        for i, mask in enumerate(masks):
-            check_valid(mask, self.layout, i, tree_map(lambda array: array[i], observation))  # noqa: B023
+        check_valid(masks, self.layout, "environment", lambda i: tree_map(lambda array: array[i], observation))
         return masks
 
     def _sample_action(
@@ -470,13 +470,13 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         assert self._masks is not None
         next_masks = masks.copy()
         for i in np.flatnonzero(dones):
-            terminal = infos[i].get("terminal_action_masks")
+            terminal = infos[i].get("terminal_action_masks") if infos[i].get("TimeLimit.truncated") else None
             if terminal is None:
                 # Nothing is known of it. A terminated state has no value, one cut by a time limit is much like that before
                 next_masks[i] = self._masks[i]
             else:
                 next_masks[i] = self.layout.padded_mask(check_mask(terminal, self.layout.n_flat, f"environment {i}")[None])[0]
-                check_valid(next_masks[i], self.layout, int(i), infos[i].get("terminal_observation"))
+        check_valid(next_masks, self.layout, "environment", lambda i: infos[i].get("terminal_observation"))
         return next_masks
 
     def _on_step(self) -> None:
