@@ -21,13 +21,15 @@ class ActionLayout:
     take, with a mask for what is unused. A Discrete space is one head.
 
     :param action_space: a Discrete, MultiDiscrete or MultiBinary space whose actions start at 0
-    :raises ValueError: for another space
+    :raises ValueError: for another space, or actions that are no vectors (SB3 stores no others)
     """
 
     def __init__(self, action_space: spaces.Space) -> None:
         sizes, starts = _head_sizes(action_space)
         if any(start != 0 for start in starts):
             raise ValueError(f"Actions must start at 0, not as in action_space={action_space}: wrap the environment")
+        if len(action_space.shape or ()) > 1:
+            raise ValueError(f"Actions must be vectors, not as in action_space={action_space}: wrap the environment to flatten them")
         self.sizes = sizes
         self.n_heads = len(sizes)
         self.width = max(sizes)
