@@ -413,19 +413,29 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._setup_learn(*args, **kwargs)
-        if has_action_masks(self.env) != self._masking:
-            raise ValueError(
-                f"The environment has {'no ' if self._masking else ''}action_masks(), but that of the model has"
-                f"{'' if self._masking else ' not'}: make the model with the environment that it trains on"
-            )
-        if self._masking:
-            if not isinstance(self.replay_buffer, GrowingStorage):
-                raise ValueError(
-                    "Action masks are stored by the package's own replay buffers, not by "
-                    f"{type(self.replay_buffer).__name__}: leave replay_buffer_class=None"
-                )
-            self._masks = self._read_masks(self._last_obs)
+        self._masking = has_action_masks(self.env)
+        self._prepare_storage()
+        self._masks = self._read_masks(self._last_obs) if self._masking else None
         return result
+
+    def _prepare_storage(self) -> None:
+        """A replay buffer that stores masks if the environment has them, which the model may not have known before."""
+        assert self.replay_buffer is not None
+        own = isinstance(self.replay_buffer, GrowingStorage)
+        stored = isinstance(self.replay_buffer, GrowingStorage) and "action_masks" in self.replay_buffer.extras
+        if stored == self._masking:
+            return
+        if self.replay_buffer_class is not None or not own:
+            raise ValueError(
+                "Action masks are stored by the package's own replay buffers, not by "
+                f"{type(self.replay_buffer).__name__}: leave replay_buffer_class=None"
+            )
+        if self.replay_buffer.size() > 0:
+            raise ValueError(
+                f"The environment has {'' if self._masking else 'no '}action_masks(), but the transitions in the replay buffer "
+                f"come from one with{'out' if self._masking else ''} them: go on with such an environment, or with a new buffer"
+            )
+        self.replay_buffer = self._make_replay_buffer()
 
     def _read_masks(self, observation: Any) -> np.ndarray:
         """Masks of the environments' current states, ``(n_envs, n_heads * width)``."""
