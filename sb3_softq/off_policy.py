@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_softq.checks import check_integer, check_number
 from sb3_softq.diagnostics import check_finite
-from sb3_softq.replay import GrowingDictReplayBuffer, GrowingReplayBuffer
+from sb3_softq.replay import GrowingDictReplayBuffer, GrowingReplayBuffer, GrowingStorage
 
 SelfRegularisedAlgorithm = TypeVar("SelfRegularisedAlgorithm", bound="RegularisedAlgorithm")
 
@@ -69,7 +69,10 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
     # ------------------------------------------------------------------ collecting
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        last_obs = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
+        if self._last_obs is not last_obs and isinstance(self.replay_buffer, GrowingStorage):
+            self.replay_buffer.end_segments()  # the environments were reset in the middle of their episodes
         check_finite("observations", self._last_obs, self.num_timesteps)
         return result
 

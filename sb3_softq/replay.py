@@ -188,6 +188,16 @@ class GrowingStorage(ReplayBuffer):
             return samples
         return tree_map(lambda tensor: tensor.to(self.device), samples)
 
+    def end_segments(self) -> None:
+        """No segment leads from the newest transition to the next one, which belongs to another episode."""
+        if self.n_steps == 1 or self.size() == 0:
+            return
+        newest = (self.pos - 1) % self.buffer_size
+        if self.handle_timeout_termination:
+            self.timeouts[newest] = np.maximum(self.timeouts[newest], 1 - self.dones[newest])
+        else:
+            self.dones[newest] = 1  # as SB3 does, where nothing tells a time limit from an end
+
     def _flat(self, rows: np.ndarray, envs: np.ndarray) -> np.ndarray:
         """Index of transitions where rows and environments are one dimension."""
         return rows if self.n_envs == 1 else rows * self.n_envs + envs
