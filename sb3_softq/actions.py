@@ -29,7 +29,9 @@ class ActionLayout:
         if any(start != 0 for start in starts):
             raise ValueError(f"Actions must start at 0, not as in action_space={action_space}: wrap the environment")
         if len(action_space.shape or ()) > 1:
-            raise ValueError(f"Actions must be vectors, not as in action_space={action_space}: wrap the environment to flatten them")
+            raise ValueError(
+                f"Actions must be vectors, not as in action_space={action_space}: wrap the environment to flatten them"
+            )
         self.sizes = sizes
         self.n_heads = len(sizes)
         self.width = max(sizes)
@@ -197,9 +199,7 @@ def check_mask(mask: Any, n_flat: int, whose: str) -> np.ndarray:
     return array.astype(bool)
 
 
-def check_valid(
-    masks: np.ndarray, layout: ActionLayout, whose: str, observation: Callable[[int], Any] | None = None
-) -> None:
+def check_valid(masks: np.ndarray, layout: ActionLayout, whose: str, observation: Callable[[int], Any] | None = None) -> None:
     """
     Raise for a state without a valid action.
 
