@@ -66,6 +66,14 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         """What our replay buffers are told beyond SB3's arguments, see :class:`~sb3_softq.replay.GrowingStorage`."""
         return dict(n_steps=self.n_steps, gamma=self.gamma)
 
+    def load_replay_buffer(self, *args: Any, **kwargs: Any) -> None:
+        """Load a replay buffer from a file; how segments are sampled from our own is the model's affair, not the file's."""
+        super().load_replay_buffer(*args, **kwargs)
+        if isinstance(self.replay_buffer, GrowingStorage) and self.replay_buffer_class is None:
+            options = {**self._storage_options(), **self.replay_buffer_kwargs}
+            for name in ("n_steps", "gamma", "keep_steps"):
+                setattr(self.replay_buffer, name, options.get(name, getattr(self.replay_buffer, name)))
+
     # ------------------------------------------------------------------ collecting
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
