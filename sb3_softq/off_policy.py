@@ -47,7 +47,11 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         # SB3 writes the class and arguments it chose into the user's: keep those as they came
         replay_buffer_class, replay_buffer_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
         self.replay_buffer_kwargs = replay_buffer_kwargs.copy()
+        n_steps = self.n_steps
+        if isinstance(self.replay_buffer, GrowingStorage):
+            self.n_steps = 1  # our buffers have n-step returns of Dict observations, which SB3 refuses
         super()._setup_model()
+        self.n_steps = n_steps
         self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
 
     def _make_replay_buffer(self) -> ReplayBuffer:
