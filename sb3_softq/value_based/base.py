@@ -433,7 +433,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         if self.replay_buffer.size() > 0:
             raise ValueError(
                 f"The environment has {'' if self._masking else 'no '}action_masks(), but that of the transitions in the "
-                f"replay buffer had {'none' if self._masking else 'them'}: go on with such an environment, or with a new buffer"
+                f"replay buffer had {'none' if self._masking else 'them'}: train on such an environment, or with a new buffer"
             )
         self.replay_buffer = self._make_replay_buffer()
 
