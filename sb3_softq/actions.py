@@ -1,5 +1,6 @@
 """Discrete, MultiDiscrete and MultiBinary actions as one layout: heads of equal width, and the masks of valid actions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -20,13 +21,17 @@ class ActionLayout:
     take, with a mask for what is unused. A Discrete space is one head.
 
     :param action_space: a Discrete, MultiDiscrete or MultiBinary space whose actions start at 0
-    :raises ValueError: for another space
+    :raises ValueError: for another space, or actions that are no vectors (SB3 stores no others)
     """
 
     def __init__(self, action_space: spaces.Space) -> None:
         sizes, starts = _head_sizes(action_space)
         if any(start != 0 for start in starts):
             raise ValueError(f"Actions must start at 0, not as in action_space={action_space}: wrap the environment")
+        if len(action_space.shape or ()) > 1:
+            raise ValueError(
+                f"Actions must be vectors, not as in action_space={action_space}: wrap the environment to flatten them"
+            )
         self.sizes = sizes
         self.n_heads = len(sizes)
         self.width = max(sizes)
@@ -194,20 +199,21 @@ def check_mask(mask: Any, n_flat: int, whose: str) -> np.ndarray:
     return array.astype(bool)
 
 
-def check_valid(mask: np.ndarray, layout: ActionLayout, env_index: int, observation: Any) -> None:
+def check_valid(masks: np.ndarray, layout: ActionLayout, whose: str, observation: Callable[[int], Any] | None = None) -> None:
     """
     Raise for a state without a valid action.
 
-    :param mask: its mask in the layout of the network's values, ``(n_heads * width,)``
+    :param masks: masks in the layout of the network's values, ``(n_states, n_heads * width)``
     :param layout: the heads
-    :param env_index: which environment the state is of
-    :param observation: its observation, for the message
+    :param whose: what has the masks, for the message, which adds its number
+    :param observation: gives the observation of a number, for the message
     :raises ValueError: if a head has no valid action
     """
-    valid = mask.reshape(layout.n_heads, layout.width).any(axis=1)
+    valid = masks.reshape(-1, layout.n_heads, layout.width).any(axis=2)
     if not valid.all():
-        head = "" if layout.is_discrete else f" for head {np.flatnonzero(~valid)[0]}"
+        i, head = (int(index) for index in np.argwhere(~valid)[0])
         raise ValueError(
-            f"No action is valid{head} in a state of environment {env_index}, whose observation is {observation}: "
-            "action_masks() must leave at least one, also in the last state of an episode that a time limit cut"
+            f"No action is valid{'' if layout.is_discrete else f' for head {head}'} in a state of {whose} {i}"
+            f"{'' if observation is None else f', whose observation is {observation(i)}'}: its mask must leave at least one, "
+            "also in the last state of an episode that a time limit cut"
         )

@@ -91,14 +91,15 @@ def policy_statistics(
         gap, mean = (best[:, 0] - best[:, -1]).mean(), q_values.mean()
     else:
         n_valid = mask.sum(dim=1)
-        maximum_entropy = n_valid.to(q_values.dtype).log().mean()
+        # Where no state leaves a choice, 0 of 0 is 0
+        maximum_entropy = n_valid.to(q_values.dtype).log().mean().clamp(min=1e-12)
         best = q_values.masked_fill(~mask, -math.inf).topk(min(2, n_actions), dim=1).values
         # A state with a single valid action has no gap
         gap = th.where(n_valid > 1, best[:, 0] - best[:, -1], 0.0).mean()
         mean = q_values[mask].mean()
     return {
         "entropy": entropy,
-        "entropy_fraction": entropy / maximum_entropy if n_actions > 1 else entropy,
+        "entropy_fraction": entropy / maximum_entropy if mask is not None or n_actions > 1 else entropy,
         "action_gap": gap,
         "q_value_mean": mean,
     }

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_softq.checks import check_integer, check_number
 from sb3_softq.diagnostics import check_finite
-from sb3_softq.replay import GrowingDictReplayBuffer, GrowingReplayBuffer
+from sb3_softq.replay import GrowingDictReplayBuffer, GrowingReplayBuffer, GrowingStorage
 
 SelfRegularisedAlgorithm = TypeVar("SelfRegularisedAlgorithm", bound="RegularisedAlgorithm")
 
@@ -47,7 +47,11 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         # SB3 writes the class and arguments it chose into the user's: keep those as they came
         replay_buffer_class, replay_buffer_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
         self.replay_buffer_kwargs = replay_buffer_kwargs.copy()
+        n_steps = self.n_steps
+        if isinstance(self.replay_buffer, GrowingStorage):
+            self.n_steps = 1  # our buffers have n-step returns of Dict observations, which SB3 refuses
         super()._setup_model()
+        self.n_steps = n_steps
         self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
 
     def _make_replay_buffer(self) -> ReplayBuffer:
@@ -66,10 +70,21 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         """What our replay buffers are told beyond SB3's arguments, see :class:`~sb3_softq.replay.GrowingStorage`."""
         return dict(n_steps=self.n_steps, gamma=self.gamma)
 
+    def load_replay_buffer(self, *args: Any, **kwargs: Any) -> None:
+        """Load a replay buffer from a file; how segments are sampled from our own is the model's affair, not the file's."""
+        super().load_replay_buffer(*args, **kwargs)
+        if isinstance(self.replay_buffer, GrowingStorage) and self.replay_buffer_class is None:
+            options = {**self._storage_options(), **self.replay_buffer_kwargs}
+            for name in ("n_steps", "gamma", "keep_steps"):
+                setattr(self.replay_buffer, name, options.get(name, getattr(self.replay_buffer, name)))
+
     # ------------------------------------------------------------------ collecting
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        last_obs = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
+        if self._last_obs is not last_obs and isinstance(self.replay_buffer, GrowingStorage):
+            self.replay_buffer.end_segments()  # the environments were reset in the middle of their episodes
         check_finite("observations", self._last_obs, self.num_timesteps)
         return result
 

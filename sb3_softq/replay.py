@@ -41,7 +41,7 @@ class Samples(NamedTuple):
     rewards: th.Tensor
     #: ``gamma ** length`` of segments, ``(batch_size, 1)``; None for single steps
     discounts: th.Tensor | None = None
-    #: what else was stored with the (first) transition
+    #: what else was stored with the transition; of a segment, with its first step, and with its last what is called next_...
     extras: dict[str, th.Tensor] | None = None
     #: the steps of segments: ``rewards`` and ``valid`` of all n (``(batch_size, n)``), ``observations``, ``actions`` and the
     #: extras of all but the first (``(batch_size, n - 1, ...)``)
@@ -181,12 +181,22 @@ class GrowingStorage(ReplayBuffer):
             dones=dones.unsqueeze(1),
             rewards=rewards,
             discounts=discounts,
-            extras=self._gather(self.extras, first) or None,
+            extras=self._gather_extras(first, last),
             steps=steps,
         )
         if self.device.type == "cpu":
             return samples
         return tree_map(lambda tensor: tensor.to(self.device), samples)
+
+    def end_segments(self) -> None:
+        """No segment leads from the newest transition to the next one, which belongs to another episode."""
+        if self.n_steps == 1 or self.size() == 0:
+            return
+        newest = (self.pos - 1) % self.buffer_size
+        if self.handle_timeout_termination:
+            self.timeouts[newest] = np.maximum(self.timeouts[newest], 1 - self.dones[newest])
+        else:
+            self.dones[newest] = 1  # as SB3 does, where nothing tells a time limit from an end
 
     def _flat(self, rows: np.ndarray, envs: np.ndarray) -> np.ndarray:
         """Index of transitions where rows and environments are one dimension."""
@@ -212,6 +222,13 @@ class GrowingStorage(ReplayBuffer):
             return {key: self._gather(value, index) for key, value in array.items()}
         tensor = th.from_numpy(array).view(-1, *array.shape[2:]).index_select(0, th.from_numpy(index.reshape(-1)))
         return tensor if index.ndim == 1 else tensor.unflatten(0, index.shape)
+
+    def _gather_extras(self, first: np.ndarray, last: np.ndarray) -> dict[str, th.Tensor] | None:
+        # What is stored of a next state belongs, as the next observation, to the last step of a segment
+        extras = {
+            name: self._gather(array, last if name.startswith("next_") else first) for name, array in self.extras.items()
+        }
+        return extras or None
 
     def _gather_observations(self, array: Any, index: np.ndarray, env: VecNormalize | None) -> Any:
         observations = self._gather(array, index)

@@ -144,6 +144,72 @@ class RandomEnv(gym.Env):
         return self.observation_space.sample(), reward, end and not self.truncate, end and self.truncate, {}
 
 
+class RecordedEnv(gym.Env):
+    """
+    Random observations and rewards on any actions; :attr:`history` keeps what happened. Episodes end by chance.
+
+    :param action_space: the action space
+    :param observation_space: the space to sample
+    :param end: probability that a step terminates the episode, and that it is cut
+    """
+
+    def __init__(self, action_space, observation_space=None, end=0.12):
+        self.observation_space = deepcopy(VECTOR if observation_space is None else observation_space)
+        self.action_space = action_space
+        self.end = end
+        self.history = []
+
+    def _draw(self):
+        """The next state."""
+        self.obs, self.mask = self.observation_space.sample(), None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self._draw()
+        return self.obs, {}
+
+    def step(self, action):
+        obs, mask = self.obs, self.mask
+        reward = float(self.np_random.integers(-16, 17)) / 16  # exact in float32
+        terminated, truncated = (bool(self.np_random.random() < self.end) for _ in range(2))
+        self._draw()
+        step = dict(obs=obs, mask=mask, action=np.array(action).reshape(-1), reward=reward, next_obs=self.obs)
+        self.history.append(dict(step, next_mask=self.mask, terminated=terminated, truncated=truncated))
+        return self.obs, reward, terminated, truncated, {}
+
+
+class MaskedEnv(RecordedEnv):
+    """:class:`RecordedEnv` with random masks, which raises for an action that its mask excludes."""
+
+    def _draw(self):
+        super()._draw()
+        mask = []
+        for size in head_sizes(self.action_space):
+            head = self.np_random.random(size) < 0.5
+            head[self.np_random.integers(size)] = True
+            mask += head.tolist()
+        self.mask = np.array(mask)
+
+    def action_masks(self):
+        return self.mask
+
+    def step(self, action):
+        start = 0
+        for value, size in zip(np.array(action).reshape(-1), head_sizes(self.action_space), strict=True):
+            assert self.mask[start : start + size][value], f"{action} is not valid: {self.mask}"
+            start += size
+        return super().step(action)
+
+
+def head_sizes(action_space):
+    """The number of actions of each head."""
+    if isinstance(action_space, spaces.Discrete):
+        return [int(action_space.n)]
+    return action_space.nvec.tolist() if isinstance(action_space, spaces.MultiDiscrete) else [2] * action_space.n
+
+
 VECTOR = spaces.Box(-1.0, 1.0, (4,), np.float32)
 # MinAtar's observations
 PLANES = spaces.Box(0.0, 1.0, (10, 10, 4), np.bool_)

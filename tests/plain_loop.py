@@ -4,6 +4,7 @@ import torch as th
 from helpers import assert_same, is_same, snapshot
 from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from sb3_softq import operators
 
@@ -24,7 +25,8 @@ def plain_updates(model, minibatches):
         nn.utils.clip_grad_norm_(model.q_net.parameters(), model.max_grad_norm)
         optimizer.step()
         if temperature.learned:
-            temperature.learn(operators.entropy(q_values, model.current_temperature), learning_rate)
+            mask = model._mask_rows(replay_data)
+            temperature.learn(operators.entropy(q_values, model.current_temperature, mask), learning_rate, mask)
 
 
 def plain_target_update(model):
@@ -40,7 +42,7 @@ def record_minibatches(model):
     def recorded(n_samples, env=None):
         samples = sample(n_samples, env=env)
         for rows in th.arange(n_samples).split(BATCH_SIZE):
-            minibatches.append(type(samples)(*(None if field is None else field[rows] for field in samples)))
+            minibatches.append(tree_map(lambda field: None if field is None else field[rows], samples))  # noqa: B023
         return samples
 
     model.replay_buffer.sample = recorded

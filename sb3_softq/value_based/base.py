@@ -328,6 +328,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             padded = self.layout.padded_mask(np.stack(flat))
             if len(padded) != len(values):
                 raise ValueError(f"predict() needs a mask for each of its {len(values)} observations, not {len(padded)}")
+            check_valid(padded, self.layout, "predict()'s observation")
             masks = th.from_numpy(padded).to(values.device)
         return self.layout.rows(values), self.layout.mask_rows(masks, len(values), values.device)
 
@@ -416,26 +417,40 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._setup_learn(*args, **kwargs)
-        if has_action_masks(self.env) != self._masking:
+        self._masking = has_action_masks(self.env)
+        self._extra_names = set(self._extra_fields())
+        self._prepare_storage()
+        self._masks = self._read_masks(self._last_obs) if self._masking else None
+        return result
+
+    def _prepare_storage(self) -> None:
+        """A replay buffer that stores what is needed, of which the model may not have known before, such as masks."""
+        assert self.replay_buffer is not None
+        own = isinstance(self.replay_buffer, GrowingStorage)
+        stored = set(self.replay_buffer.extras) if isinstance(self.replay_buffer, GrowingStorage) else set()
+        if stored == self._extra_names:
+            return
+        if self.replay_buffer_class is not None or not own:
             raise ValueError(
-                f"The environment has {'no ' if self._masking else ''}action_masks(), but that of the model has"
-                f"{'' if self._masking else ' not'}: make the model with the environment that it trains on"
-            )
-        self._extra_names = list(self._extra_fields())
-        if self._extra_names and not isinstance(self.replay_buffer, GrowingStorage):
-            raise ValueError(
-                f"{', '.join(self._extra_names)} are stored by the package's own replay buffers, not by "
+                f"{' and '.join(sorted(self._extra_names))} are stored by the package's own replay buffers, not by "
                 f"{type(self.replay_buffer).__name__}: leave replay_buffer_class=None"
             )
-        if self._masking:
-            self._masks = self._read_masks(self._last_obs)
-        return result
+        if self.replay_buffer.size() > 0:
+            if self._masking != ("action_masks" in stored):
+                raise ValueError(
+                    f"The environment has {'' if self._masking else 'no '}action_masks(), but that of the transitions in the "
+                    f"replay buffer had {'none' if self._masking else 'them'}: train on such a one, or with a new buffer"
+                )
+            raise ValueError(
+                f"The transitions in the replay buffer hold {sorted(stored)} and not {sorted(self._extra_names)}, which the "
+                "model needs now: train with the arguments that they were collected with, or with a new buffer"
+            )
+        self.replay_buffer = self._make_replay_buffer()
 
     def _read_masks(self, observation: Any) -> np.ndarray:
         """Masks of the environments' current states, ``(n_envs, n_heads * width)``."""
         masks = self.layout.padded_mask(action_masks(self.env, self.layout.n_flat))  # type: ignore[arg-type]
-        for i, mask in enumerate(masks):
-            check_valid(mask, self.layout, i, tree_map(lambda array: array[i], observation))  # noqa: B023
+        check_valid(masks, self.layout, "environment", lambda i: tree_map(lambda array: array[i], observation))
         return masks
 
     def _sample_action(
@@ -481,13 +496,13 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         assert self._masks is not None
         next_masks = masks.copy()
         for i in np.flatnonzero(dones):
-            terminal = infos[i].get("terminal_action_masks")
+            terminal = infos[i].get("terminal_action_masks") if infos[i].get("TimeLimit.truncated") else None
             if terminal is None:
                 # Nothing is known of it. A terminated state has no value, one cut by a time limit is much like that before
                 next_masks[i] = self._masks[i]
             else:
                 next_masks[i] = self.layout.padded_mask(check_mask(terminal, self.layout.n_flat, f"environment {i}")[None])[0]
-                check_valid(next_masks[i], self.layout, int(i), infos[i].get("terminal_observation"))
+        check_valid(next_masks, self.layout, "environment", lambda i: infos[i].get("terminal_observation"))
         return next_masks
 
     def _on_step(self) -> None:
