@@ -72,16 +72,18 @@ def find_divergence(
 
 
 def policy_statistics(
-    q_values: th.Tensor, temperature: operators.Temperature, mask: th.Tensor | None = None
+    q_values: th.Tensor, temperature: operators.Temperature, mask: th.Tensor | None = None, are_q_values: bool = True
 ) -> dict[str, th.Tensor]:
     """
-    What the logger shows of a minibatch of action values.
+    What the logger shows of a minibatch of the values that an agent acts on.
 
-    :param q_values: action values, ``(batch_size, n_actions)``
+    :param q_values: action values, or an actor's logits, ``(batch_size, n_actions)``
     :param temperature: the policy is the softmax of the values divided by this
     :param mask: valid actions, ``(batch_size, n_actions)``
+    :param are_q_values: whether they are action values
     :return: tensors without dimensions: the mean ``entropy`` of the policy in nats and as a fraction of its maximum
-        (``entropy_fraction``), the mean ``action_gap`` between the best and the second best action, and ``q_value_mean``
+        (``entropy_fraction``); of action values also the mean ``action_gap`` between the best and the second best action, and
+        ``q_value_mean``
     """
     entropy = operators.entropy(q_values, temperature, mask).mean()
     n_actions = q_values.shape[1]
@@ -97,9 +99,6 @@ def policy_statistics(
         # A state with a single valid action has no gap
         gap = th.where(n_valid > 1, best[:, 0] - best[:, -1], 0.0).mean()
         mean = q_values[mask].mean()
-    return {
-        "entropy": entropy,
-        "entropy_fraction": entropy / maximum_entropy if mask is not None or n_actions > 1 else entropy,
-        "action_gap": gap,
-        "q_value_mean": mean,
-    }
+    fraction = entropy / maximum_entropy if mask is not None or n_actions > 1 else entropy
+    statistics = {"entropy": entropy, "entropy_fraction": fraction}
+    return {**statistics, "action_gap": gap, "q_value_mean": mean} if are_q_values else statistics

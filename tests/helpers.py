@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_softq import ALGOS
+from sb3_softq import ALGOS, MomentumDQN
 from sb3_softq.value_based.base import ValueBasedAlgorithm
 
 # zoo key -> class; an algorithm joins the tests of the family when it joins ALGOS
@@ -35,6 +35,8 @@ def make_model(algorithm, env="CartPole-v1", policy="MlpPolicy", **kwargs):
         if callable(value) or str(value).startswith("lin_"):
             pytest.skip(f"{algorithm.__name__} has no schedules of ent_coef")
         kwargs["ent_coef"] = value
+    if algorithm is MomentumDQN and kwargs.get("exploration") == "boltzmann":
+        kwargs.setdefault("temperature", 0.1)  # it has none by default
     model = algorithm(policy, env, **{**QUICK, **kwargs})
     model.set_logger(configure(format_strings=[]))
     return model

@@ -24,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_softq import DivergenceError
+from sb3_softq import CVI, DivergenceError, MirrorDescentDQN, SACDiscrete
 
 NAN, INF = math.nan, math.inf
 NOT_LEARNED = "temperature='auto_?.*' cannot be learned .*pass a number, a callable or a schedule"
@@ -73,6 +73,24 @@ BAD_ARGUMENTS = [
     ("gamma", NAN, ValueError, "gamma must be finite, not nan"),
     ("gradient_steps", -2, ValueError, "gradient_steps must be at least -1, not -2"),
     ("gradient_steps", 1.5, TypeError, "gradient_steps must be a whole number, not 1.5"),
+    ("n_quantiles", 0, ValueError, "n_quantiles must be at least 1, not 0"),
+    ("n_target_quantiles", -1, ValueError, "n_target_quantiles must be at least 1, not -1"),
+    ("n_policy_quantiles", 2.5, TypeError, "n_policy_quantiles must be a whole number, not 2.5"),
+    ("operator", "max", ValueError, r"operator must be one of \['boltzmann', 'logsumexp'\], not 'max'"),
+    ("gap_clip", 1.0, ValueError, "gap_clip must be at most 0, not 1.0"),
+    ("preference_clip", 0, ValueError, "preference_clip must be positive, not 0"),
+    ("parametrisation", "Q", ValueError, r"parametrisation must be one of \['preference', 'q'\], not 'Q'"),
+    ("momentum", 1.5, ValueError, "momentum must be between 0 and 1, not 1.5"),
+    ("momentum", "inverse", ValueError, "momentum must be .*'inverse_time'.* not 'inverse'"),
+    ("momentum", "inverse_time_0", ValueError, "momentum must be .* not 'inverse_time_0'"),
+    ("averaged", "td", ValueError, r"averaged must be one of \['q_values', 'targets'\], not 'td'"),
+    ("kl_coef", -0.1, ValueError, "kl_coef must be at least 0, not -0.1"),
+    ("ent_coef", -0.1, ValueError, "ent_coef must be at least 0, not -0.1"),
+    ("greedy_step", "proximal", ValueError, "greedy_step must be one of .*'dual_averaging'.* not 'proximal'"),
+    ("regularised_evaluation", 1, TypeError, "regularised_evaluation must be True or False, not 1"),
+    ("entropy_penalty", -1, ValueError, "entropy_penalty must be at least 0, not -1"),
+    ("average_q", "yes", TypeError, "average_q must be True or False, not 'yes'"),
+    ("q_clip", -0.5, ValueError, "q_clip must be at least 0, not -0.5"),
     ("n_steps", 0, ValueError, "n_steps must be at least 1, not 0"),
     ("factorisation", "product", ValueError, r"factorisation must be one of \['sum', 'independent'\], not 'product'"),
     ("n_step_bonus", 1, TypeError, "n_step_bonus must be True or False, not 1"),
@@ -115,6 +133,8 @@ def test_bad_argument_when_loading(algorithm, kwargs, error, message, saved_mode
 
 
 def test_boltzmann_exploration_needs_a_temperature(algorithm):
+    if not has_parameter(algorithm, "temperature"):
+        return  # it acts on a policy network
     with pytest.raises(ValueError, match=r"temperature must be positive, not 0.*exploration='eps_greedy'"):
         make_model(algorithm, temperature=0, exploration="boltzmann")
     for exploration in ("eps_greedy", "boltzmann_eps"):
@@ -122,12 +142,27 @@ def test_boltzmann_exploration_needs_a_temperature(algorithm):
 
 
 def test_learned_temperature_where_it_cannot_be(algorithm):
+    if not has_parameter(algorithm, "temperature"):
+        return
     for temperature in ("auto", "auto_0.1"):
         if algorithm.learns_temperature:
             make_model(algorithm, temperature=temperature)
         else:
             with pytest.raises(ValueError, match=NOT_LEARNED):
                 make_model(algorithm, temperature=temperature)
+
+
+def test_what_excludes_each_other():
+    with pytest.raises(ValueError, match=r"munchausen_alpha must be below 1, not 1, .*use DPP"):
+        make_model(CVI, munchausen_alpha=1)
+    with pytest.raises(ValueError, match="kl_coef and ent_coef must not both be 0: pass a positive"):
+        make_model(MirrorDescentDQN, kl_coef=0, ent_coef=0)
+    with pytest.raises(ValueError, match=r"ent_coef must be positive, not 0, with greedy_step='dual_averaging'.*MomentumDQN"):
+        make_model(MirrorDescentDQN, ent_coef=0, greedy_step="dual_averaging")
+    with pytest.raises(ValueError, match=r"ent_coef must be a number, 'auto' or like 'auto_0.1', not 'lin_0.1'"):
+        make_model(SACDiscrete, ent_coef="lin_0.1")
+    with pytest.raises(ValueError, match=r"target_entropy must be at most log\(2\)"):
+        make_model(SACDiscrete, target_entropy=0.8)
 
 
 def test_fixed_temperature_in_place_of_a_saved_learned_one(saved_models):
@@ -366,6 +401,8 @@ def test_broken_number_in_the_weights(algorithm, network, name):
     model = make_filled(algorithm)
     with th.no_grad():
         next(getattr(model, network).parameters())[0, 0] = NAN
+    if network == "q_net" and not model.acts_on_q_values:
+        name = "loss"  # what it acts on is not broken
     before = assert_train_stops(model, f"{name}.*update 3, at step 7, is not finite")
     after = snapshot(model)
     th.testing.assert_close(after["policy"], before["policy"], rtol=0, atol=0, equal_nan=True)
@@ -382,6 +419,7 @@ def test_loss_that_overflows(algorithm):
 def test_learning_stops_when_it_diverges(algorithm):
     # Steps so large that the action values overflow: the step at which they do is that of the message
     kwargs = dict(policy_kwargs=dict(net_arch=[], optimizer_class=th.optim.SGD), learning_rate=3e38, max_grad_norm=INF)
+    kwargs |= dict(n_quantiles=1) if has_parameter(algorithm, "n_quantiles") else {}  # whose losses are a sum
     model = make_model(algorithm, RandomEnv(VECTOR), temperature=0.1, train_freq=1, **kwargs)
     with pytest.raises(DivergenceError, match="is not finite") as error:
         model.learn(1000)

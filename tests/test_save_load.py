@@ -398,13 +398,14 @@ def test_loading_with_other_settings(algorithm, tmp_path):
     changes = dict(
         learning_rate=0.5, buffer_size=77, train_freq=(5, "step"), gamma=0.5, n_steps=3, exploration="eps_greedy", batch_size=3
     )
-    if not algorithm.learns_temperature:
+    scheduled = has_parameter(algorithm, "temperature") and not algorithm.learns_temperature
+    if scheduled:
         changes.update(temperature="lin_0.7")
     loaded = algorithm.load(path, env=make_vec_env("CartPole-v1"), device="cpu", exploration_final_eps=0.5, **changes)
     assert_arguments_kept(loaded, changes)
     assert loaded.lr_schedule(1.0) == 0.5
     assert (loaded.replay_buffer.buffer_size, loaded.replay_buffer.n_steps, loaded.replay_buffer.gamma) == (77, 3, 0.5)
-    if not algorithm.learns_temperature:
+    if scheduled:
         assert loaded.current_temperature == 0.0, "the saved model is at the end of its schedule"
     loaded.learn(50)
     assert loaded.exploration_rate == 0.5
@@ -426,7 +427,8 @@ def test_loading_for_another_environment_is_refused(algorithm, tmp_path):
 def test_data_of_the_file_is_that_of_the_model(algorithm, tmp_path):
     model = make_model(algorithm)
     data, parameters, variables = load_from_zip_file(save(model, tmp_path), device="cpu")
-    assert data["temperature"] == model.temperature
+    name = "temperature" if has_parameter(algorithm, "temperature") else "ent_coef"
+    assert data[name] == getattr(model, name)
     assert set(parameters) == set(model.get_parameters())
     assert not variables
 

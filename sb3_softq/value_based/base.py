@@ -98,6 +98,8 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     }
     # Whether temperature="auto" is possible
     learns_temperature: ClassVar[bool] = False
+    # Whether the agent acts on action values, not on another network
+    acts_on_q_values: ClassVar[bool] = True
     # Whether updates run on flat tensors where they can; the plain path is there to compare with
     flat_parameters: ClassVar[bool] = True
 
@@ -732,7 +734,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             "loss": losses.mean(),
             "grad_norm": grad_norms.mean(),
             "temperature": th.as_tensor(self.current_temperature, dtype=q_values.dtype, device=q_values.device),
-            **policy_statistics(q_values, self._acting_temperature, mask),
+            **policy_statistics(q_values, self._acting_temperature, mask, self.acts_on_q_values),
             **target_metrics,
         }
         for name, value in zip(metrics, th.stack(list(metrics.values())).tolist(), strict=True):

@@ -40,6 +40,7 @@ class MirrorDescentDQN(ValueBasedAlgorithm):
         "CnnPolicy": ActorCnnQPolicy,
         "MultiInputPolicy": ActorMultiInputQPolicy,
     }
+    acts_on_q_values = False
     policy: ActorQPolicy
     q_net: QNetworks  # type: ignore[assignment]
     q_net_target: QNetworks  # type: ignore[assignment]
@@ -142,6 +143,9 @@ class MirrorDescentDQN(ValueBasedAlgorithm):
     def _momentum(self) -> float:
         """Weight of the previous policy in the greedy step."""
         return self.kl_coef / (self.kl_coef + self.ent_coef)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "temperature"]
 
     @property
     def _acting_temperature(self) -> operators.Temperature:

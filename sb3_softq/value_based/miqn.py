@@ -137,6 +137,9 @@ class MunchausenIQN(GapIncreasingAlgorithm):
         super()._setup_model()
         self.policy.n_policy_quantiles = self.n_policy_quantiles
 
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_fractions", "tree_backup"]
+
     def _extend(self, samples: Any) -> Any:
         # Fresh fractions for each sample; drawn here, so that compiled updates draw the same
         n_samples = len(samples.actions)

@@ -39,6 +39,7 @@ class MomentumDQN(ValueBasedAlgorithm):
         "CnnPolicy": ActorCnnQPolicy,
         "MultiInputPolicy": ActorMultiInputQPolicy,
     }
+    acts_on_q_values = False
     policy: ActorQPolicy
     q_net: QNetworks  # type: ignore[assignment]
     q_net_target: QNetworks  # type: ignore[assignment]

@@ -147,11 +147,12 @@ class DuelingHead(nn.Module):
     def forward(self, features: th.Tensor) -> th.Tensor:
         advantage, value = self.advantage(features), self.value(features)
         if self.layout.n_heads == 1:
-            return value + advantage - advantage.mean(dim=1, keepdim=True)
-        advantage = advantage.unflatten(1, (self.layout.n_heads, self.layout.width))
-        used = th.ones_like(advantage[0]) if self.layout.used is None else self.layout.used.to(advantage)
-        mean = (advantage * used).sum(dim=2, keepdim=True) / used.sum(dim=1, keepdim=True)
-        return (value.unsqueeze(2) + advantage - mean).flatten(start_dim=1)
+            return value + advantage - advantage.mean(dim=-1, keepdim=True)
+        advantage = advantage.unflatten(-1, (self.layout.n_heads, self.layout.width))
+        used = th.ones(1, 1).to(advantage) if self.layout.used is None else self.layout.used.to(advantage)
+        used = used.expand(self.layout.n_heads, self.layout.width)
+        mean = (advantage * used).sum(dim=-1, keepdim=True) / used.sum(dim=-1, keepdim=True)
+        return (value.unsqueeze(-1) + advantage - mean).flatten(start_dim=-2)
 
 
 class QNetwork(DQNQNetwork):

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_softq.actions import ActionLayout
-from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QPolicy
+from sb3_softq.value_based.policies import CnnQPolicy, DuelingHead, MultiInputQPolicy, QPolicy
 
 
 class QuantileNetwork(BasePolicy):
@@ -29,6 +29,7 @@ class QuantileNetwork(BasePolicy):
     :param net_arch: hidden layers, of which the first comes before the multiplication
     :param activation_fn: their activation
     :param normalize_images: whether to divide images by 255
+    :param dueling: whether the last hidden layer after the multiplication, and the output, are split in two streams
     :param n_cosines: size of the embedding
     """
 
@@ -42,16 +43,23 @@ class QuantileNetwork(BasePolicy):
         net_arch: list[int],
         activation_fn: type[nn.Module] = nn.ReLU,
         normalize_images: bool = True,
+        dueling: bool = False,
         n_cosines: int = 64,
     ) -> None:
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
         )
+        self.net_arch = net_arch
         trunk, head = net_arch[:1], net_arch[1:]
         width = trunk[0] if trunk else features_dim
         self.trunk = nn.Sequential(*create_mlp(features_dim, -1, trunk, activation_fn))
         self.embedding = nn.Sequential(nn.Linear(n_cosines, width), nn.ReLU())
         self.head = nn.Sequential(*create_mlp(width, layout.n_values, head, activation_fn))
+        if dueling:
+            self.head = nn.Sequential(
+                *create_mlp(width, -1, head[:-1], activation_fn),
+                DuelingHead([width, *head[:-1]][-1], head[-1:], layout, activation_fn),
+            )
         self.frequencies: th.Tensor
         self.register_buffer("frequencies", math.pi * th.arange(n_cosines), persistent=False)
 
@@ -74,7 +82,7 @@ class QuantileNetwork(BasePolicy):
 
 class QuantilePolicy(QPolicy):
     """
-    :class:`~sb3_softq.value_based.policies.QPolicy` with an implicit quantile network; it has no dueling form. It acts on the
+    :class:`~sb3_softq.value_based.policies.QPolicy` with an implicit quantile network. It acts on the
     mean of the quantiles at evenly spaced fractions, so that it acts alike in the same state.
 
     :param n_cosines: size of the embedding of a fraction
@@ -88,12 +96,10 @@ class QuantilePolicy(QPolicy):
     def __init__(self, *args: Any, n_cosines: int = 64, **kwargs: Any) -> None:
         self.n_cosines = n_cosines
         super().__init__(*args, **kwargs)
-        if self.dueling:
-            raise ValueError("dueling must be False, not True: an implicit quantile network has no dueling form")
 
     def make_q_net(self) -> QuantileNetwork:  # type: ignore[override]
         net_args = self._update_features_extractor(self.net_args, features_extractor=None)
-        return QuantileNetwork(**net_args, layout=self.layout, n_cosines=self.n_cosines).to(self.device)
+        return QuantileNetwork(**net_args, layout=self.layout, dueling=self.dueling, n_cosines=self.n_cosines).to(self.device)
 
     def acting_fractions(self, obs: PyTorchObs) -> th.Tensor:
         """

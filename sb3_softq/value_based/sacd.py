@@ -44,6 +44,7 @@ class SACDiscrete(ValueBasedAlgorithm):
         "MultiInputPolicy": TwinActorMultiInputQPolicy,
     }
     learns_temperature = True
+    acts_on_q_values = False
     policy: TwinActorQPolicy
     q_net: QNetworks  # type: ignore[assignment]
     q_net_target: QNetworks  # type: ignore[assignment]
@@ -145,6 +146,9 @@ class SACDiscrete(ValueBasedAlgorithm):
         check_bool("average_q", self.average_q)
         check_number("q_clip", self.q_clip, 0, finite=False)
         check_munchausen(self.munchausen_alpha, self.munchausen_clip)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "temperature"]
 
     @property
     def _acting_temperature(self) -> operators.Temperature:
