@@ -382,6 +382,21 @@ def test_a_new_call_of_learn_ends_the_segment(algorithm, masked):
     check_against_slow_loop(model, env, n=10)
 
 
+@pytest.mark.parametrize("handle_timeouts", [True, False])
+def test_a_terminated_episode_stays_terminated_in_the_next_call(handle_timeouts):
+    env = make_env(n_envs=2, end=0.0)
+    options = dict(replay_buffer_kwargs=dict(handle_timeout_termination=handle_timeouts))
+    model = make(SoftDQN, env, n_steps=4, train_freq=1, **options)
+    model.learn(10)
+    model.replay_buffer.dones[4, 0] = 1.0
+    model.learn(10)
+    lengths = [model.replay_buffer._segments(np.array([3]), np.array([i]))[1].sum() for i in range(2)]
+    assert lengths == [2, 2]
+    dones = {float(model.replay_buffer._get_samples(np.array([3])).dones) for _ in range(50)}
+    # Without a mark for time limits, what is cut counts as terminated, as in SB3
+    assert dones == ({0.0, 1.0} if handle_timeouts else {1.0})
+
+
 def sample_rows(buffer, rows):
     return lambda n_samples, env=None: buffer._get_samples(rows, env)
 
