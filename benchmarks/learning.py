@@ -1,5 +1,5 @@
 """
-Learning benchmark: our algorithms beside SB3's DQN, each with its own zoo settings.
+Learning benchmark: our algorithms beside SB3's DQN and sb3-contrib's QR-DQN, each with its own zoo settings.
 
 Every run is one row of ``results/learning.jsonl``: algorithm, environment, seed, settings, the whole learning curve
 and a final evaluation. Runs that are already there, with the same settings, are not repeated:
@@ -28,13 +28,13 @@ DOCS = Path(__file__).parent.parent / "docs"
 # Environment -> number of steps (those of the zoo's DQN settings)
 SUITES: dict[str, dict[str, Any]] = {
     "classic": {
-        "algos": ["dqn", "softdqn", "sqn", "mdqn"],
+        "algos": ["dqn", "qrdqn", "softdqn", "sqn", "mdqn", "miqn", "dpp", "cvi", "modqn", "mddqn", "sacd"],
         "envs": {"CartPole-v1": 50_000, "Acrobot-v1": 100_000, "LunarLander-v3": 100_000, "MountainCar-v0": 120_000},
         "seeds": 5,
     },
     "minatar": {
-        "algos": ["dqn", "mdqn"],
-        "envs": {"MinAtar/Breakout-v1": 100_000},
+        "algos": ["dqn", "mdqn", "miqn", "sqn"],
+        "envs": {"MinAtar/Breakout-v1": 1_000_000, "MinAtar/SpaceInvaders-v1": 500_000},
         "seeds": 3,
     },
 }
@@ -213,6 +213,8 @@ def report(name: str) -> None:
     suite = SUITES[name]
     rows = read_rows()
     figure, all_axes = plt.subplots(1, len(suite["envs"]), figsize=(4.2 * len(suite["envs"]), 3.4), squeeze=False)
+    colors = plt.get_cmap("tab20")(np.linspace(0, 1, 20)).tolist()
+    colors = [*colors[::2], *colors[1::2]]
     table = ["| environment, steps | algorithm | seeds | final return | return over the whole run |", "|---|---|---|---|---|"]
     for axes, (env_id, n_timesteps) in zip(all_axes[0], suite["envs"].items(), strict=True):
         for i, algo in enumerate(suite["algos"]):
@@ -225,8 +227,8 @@ def report(name: str) -> None:
             texts = [f"{iqm:.1f} [{low:.1f}, {high:.1f}]" for iqm, low, high in cells]
             table.append(f"| {env_id}, {n_timesteps:,} | {algo} | {len(runs)} | {texts[0]} | {texts[1]} |")
             middle = np.array([interquartile_mean(point) for point in curves.T])
-            axes.plot(steps, middle[:, 0], color=f"C{i}", label=algo)
-            axes.fill_between(steps, middle[:, 1], middle[:, 2], color=f"C{i}", alpha=0.15)
+            axes.plot(steps, middle[:, 0], color=colors[i], label=algo)
+            axes.fill_between(steps, middle[:, 1], middle[:, 2], color=colors[i], alpha=0.15)
         axes.set_title(env_id)
         axes.set_xlabel("environment steps")
         axes.locator_params(axis="x", nbins=5)

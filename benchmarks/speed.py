@@ -27,10 +27,20 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_softq import SQN, MunchausenDQN, SoftDQN
+from sb3_softq import (
+    CVI,
+    SQN,
+    MirrorDescentDQN,
+    MomentumDQN,
+    MunchausenDQN,
+    MunchausenIQN,
+    SACDiscrete,
+    SoftDQN,
+)
 from sb3_softq.losses import quantile_huber_loss
 from sb3_softq.value_based.policies import SmallImageCNN
 
@@ -82,6 +92,16 @@ OURS: dict[str, tuple[type, dict[str, Any]]] = {
     "sqn": (SQN, {}),
     "sqn compiled": (SQN, {"torch_compile": True}),
 }
+# The rest of the family, whose updates do other work: no floor is set for them, the numbers are for orientation
+FAMILY: dict[str, tuple[type, dict[str, Any]]] = {
+    "miqn, 64 quantiles": (MunchausenIQN, {}),
+    "miqn, 8 quantiles": (MunchausenIQN, {"n_quantiles": 8, "n_target_quantiles": 8, "n_policy_quantiles": 16}),
+    "sacd": (SACDiscrete, {}),
+    "cvi": (CVI, {}),
+    "modqn": (MomentumDQN, {}),
+    "mddqn": (MirrorDescentDQN, {}),
+}
+REFERENCES = {"SB3 DQN": DQN, "contrib QR-DQN, 50 quantiles": QRDQN}
 
 
 def build(
@@ -89,7 +109,9 @@ def build(
 ) -> Any:
     """A model with a filled buffer, which trains from the next step on."""
     policy_kwargs: dict[str, Any] = {"net_arch": case["net_arch"]}
-    if cls is DQN and case["env"] is planes:  # SB3's policies cannot read small planes by themselves
+    if cls is QRDQN:
+        policy_kwargs["n_quantiles"] = 50
+    if cls in (DQN, QRDQN) and case["env"] is planes:  # SB3's policies cannot read small planes by themselves
         policy_kwargs["features_extractor_class"] = SmallImageCNN
     model = cls(
         case["policy"],
@@ -244,6 +266,11 @@ def run(cases: list[str], threads: int, names: list[str], quick: bool, clock: st
         measured = ratios(update(build(DQN, case)), {name: update(model) for name, model in models.items()}, timer)
         check_compiled(names, list(models.values()))
         write(rows(case_name, "update", "SB3 DQN", measured))
+        if case_name in ("mlp64", "minatar"):
+            for reference, cls in REFERENCES.items():
+                others = {name: update(build(FAMILY[name][0], case, **FAMILY[name][1]), n_updates // 5) for name in FAMILY}
+                measured = ratios(update(build(cls, case), n_updates // 5), others, timer)
+                write(rows(case_name, "update", reference, measured))
         if not case_name.startswith("mlp"):
             continue
         for schedule, (train_freq, gradient_steps, n_envs) in SCHEDULES.items():

@@ -20,6 +20,7 @@ from helpers import (
     make_model,
     snapshot,
 )
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -150,6 +151,11 @@ def test_learned_temperature_where_it_cannot_be(algorithm):
         else:
             with pytest.raises(ValueError, match=NOT_LEARNED):
                 make_model(algorithm, temperature=temperature)
+
+
+def test_tree_backup_needs_our_buffer():
+    with pytest.raises(ValueError, match=r"tree_backup=True needs .*not replay_buffer_class=ReplayBuffer: leave it None"):
+        make_model(CVI, n_steps=3, tree_backup=True, replay_buffer_class=ReplayBuffer)
 
 
 def test_what_excludes_each_other():

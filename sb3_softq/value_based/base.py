@@ -205,6 +205,11 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         check_bool("n_step_bonus", self.n_step_bonus)
         check_bool("tree_backup", self.tree_backup)
         check_choice("factorisation", self.factorisation, FACTORISATIONS)
+        if self.tree_backup and self.replay_buffer_class is not None:
+            raise ValueError(
+                "tree_backup=True needs the steps of a return, which the package's own replay buffers keep, not "
+                f"replay_buffer_class={self.replay_buffer_class.__name__}: leave it None"
+            )
         check_number("max_grad_norm", self.max_grad_norm, positive=True, finite=False)
         if self.exploration == "boltzmann" and not isinstance(self.temperature, str) and self.temperature == 0:
             raise ValueError(
@@ -406,13 +411,14 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
         :param observation: one observation, or one per environment
         :param action_masks: valid actions, as for :meth:`predict`
-        :return: ``()``, or ``(n_observations,)``; of several heads, their sum
+        :return: ``()``, or ``(n_observations,)``; of several heads, their sum, or of independent ones their mean
         """
         estimates, vectorized_env = self._act_on(observation, lambda obs: self._online_estimates(obs))
         n_states = len(estimates[0]) // self.layout.n_heads
         _, mask = self._acting_rows(estimates[0].view(n_states, -1), action_masks)
         with th.no_grad():
-            values = self._value(estimates, mask).view(n_states, self.layout.n_heads, -1).mean(dim=2).sum(dim=1)
+            values = self._value(estimates, mask).view(n_states, self.layout.n_heads, -1).mean(dim=2)
+            values = values.mean(dim=1) if self.factorisation == "independent" else values.sum(dim=1)
         return values.cpu().numpy() if vectorized_env else values.cpu().numpy()[0]
 
     # ------------------------------------------------------------------ collecting

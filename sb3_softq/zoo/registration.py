@@ -10,6 +10,8 @@ import gymnasium as gym
 
 import sb3_softq
 from sb3_softq import ALGOS
+from sb3_softq.actions import has_action_masks
+from sb3_softq.value_based.base import ValueBasedAlgorithm
 
 
 def default_config(algo: str) -> Path:
@@ -46,6 +48,7 @@ def register() -> None:
     HYPERPARAMS_SAMPLER.update(SAMPLERS)
     HYPERPARAMS_CONVERTER.update(CONVERTERS)
     _extend_experiment_manager()
+    _evaluate_with_masks()
     _register_minatar()
     _register_identity_environments()
 
@@ -85,6 +88,21 @@ def _extend_experiment_manager() -> None:
     ExperimentManager.__init__ = init  # type: ignore[method-assign]
     ExperimentManager.read_hyperparameters = read_hyperparameters  # type: ignore[method-assign]
     ExperimentManager.learn = learn  # type: ignore[method-assign]
+
+
+def _evaluate_with_masks() -> None:
+    """Evaluations during a training ask the environment for its action masks, where it has them."""
+    from sb3_contrib.common.maskable.evaluation import evaluate_policy as evaluate_masked_policy
+    from stable_baselines3.common import callbacks
+
+    upstream_evaluate_policy = callbacks.evaluate_policy
+
+    @functools.wraps(upstream_evaluate_policy)
+    def evaluate_policy(model: Any, env: Any, *args: Any, **kwargs: Any) -> Any:
+        masked = isinstance(model, ValueBasedAlgorithm) and has_action_masks(env)
+        return (evaluate_masked_policy if masked else upstream_evaluate_policy)(model, env, *args, **kwargs)
+
+    callbacks.evaluate_policy = evaluate_policy
 
 
 def _check_settings_exist(config: str, env_id: str, is_atari: bool) -> None:
