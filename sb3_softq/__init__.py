@@ -2,6 +2,7 @@
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_softq.actor_critic import MunchausenSAC
 from sb3_softq.diagnostics import DivergenceError
 from sb3_softq.value_based import SQN, MunchausenDQN, SoftDQN
 from sb3_softq.version import __version__
@@ -11,6 +12,7 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
     "softdqn": SoftDQN,
     "sqn": SQN,
     "mdqn": MunchausenDQN,
+    "msac": MunchausenSAC,
 }
 
-__all__ = ["ALGOS", "SQN", "DivergenceError", "MunchausenDQN", "SoftDQN", "__version__"]
+__all__ = ["ALGOS", "SQN", "DivergenceError", "MunchausenDQN", "MunchausenSAC", "SoftDQN", "__version__"]
