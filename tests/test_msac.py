@@ -130,7 +130,7 @@ def test_the_term_is_of_the_replayed_action_and_not_of_a_fresh_one():
 
 
 @pytest.mark.parametrize(
-    ("clip", "low", "high"), [((-1.0, 1.0), -1, 1), ((-0.5, 0.0), -0.5, 0), (-0.2, -0.2, 0), ((0, 0), 0, 0)]
+    ("clip", "low", "high"), [((-1.0, 1.0), -1, 1), ((-0.5, 0.0), -0.5, 0), (-0.25, -0.25, 0), ((0, 0), 0, 0)]
 )
 def test_the_term_is_bounded_at_the_ends_of_the_range(clip, low, high):
     model = make_filled(munchausen_clip=clip)
