@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples
+from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softq.checks import check_integer
@@ -73,6 +74,12 @@ class ActorCriticAlgorithm(RegularisedAlgorithm):
     def _update_targets(self) -> None:
         """Move the target networks."""
         raise NotImplementedError
+
+    def _move_target(self, online: th.nn.Module, target: th.nn.Module) -> None:
+        """A target network goes towards the online one; buffers, such as the statistics of batch norm, are copied."""
+        polyak_update(online.parameters(), target.parameters(), self.tau)
+        for buffer, target_buffer in zip(online.buffers(), target.buffers(), strict=True):
+            target_buffer.copy_(buffer)
 
     def _targets_due(self, gradient_step: int) -> bool:
         """
