@@ -2,7 +2,7 @@
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_softq.actor_critic import MPO, RERPI, MunchausenSAC
+from sb3_softq.actor_critic import MPO, RERPI, MunchausenSAC, SoftQLearning
 from sb3_softq.diagnostics import DivergenceError
 from sb3_softq.value_based import SQN, MunchausenDQN, SoftDQN
 from sb3_softq.version import __version__
@@ -13,8 +13,20 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
     "sqn": SQN,
     "mdqn": MunchausenDQN,
     "msac": MunchausenSAC,
+    "sql": SoftQLearning,
     "mpo": MPO,
     "rerpi": RERPI,
 }
 
-__all__ = ["ALGOS", "MPO", "RERPI", "SQN", "DivergenceError", "MunchausenDQN", "MunchausenSAC", "SoftDQN", "__version__"]
+__all__ = [
+    "ALGOS",
+    "MPO",
+    "RERPI",
+    "SQN",
+    "DivergenceError",
+    "MunchausenDQN",
+    "MunchausenSAC",
+    "SoftDQN",
+    "SoftQLearning",
+    "__version__",
+]

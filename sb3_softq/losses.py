@@ -352,3 +352,58 @@ def retrace(
     traces = (log_ratios.clamp(max=0).exp() * valid)[:, 1:]
     factors = th.cat([th.ones_like(rewards[:, :1]), discounts[:, :-1] * traces], dim=1).cumprod(dim=1)
     return q_values[:, :1] + (factors * differences).sum(dim=1, keepdim=True)
+
+
+# ---------------------------------------------------------------------- soft Q-learning with continuous actions
+
+
+def squash_log_det(gaussian_actions: th.Tensor) -> th.Tensor:
+    """
+    Log-determinant of the derivative of tanh: what its density gains where actions are squashed.
+
+    In a form that stays finite where tanh is 1 to the last bit.
+
+    :param gaussian_actions: actions before they are squashed, ``(..., action_dim)``
+    :return: ``sum(log(1 - tanh(u)^2))``, ``(...)``
+    """
+    u = gaussian_actions
+    return (2 * (math.log(2) - u - th.nn.functional.softplus(-2 * u))).sum(dim=-1)
+
+
+def sampled_soft_value(q_values: th.Tensor, log_densities: th.Tensor, temperature: float) -> th.Tensor:
+    """
+    ``temperature * log integral exp(q / temperature)`` over the actions, by importance sampling.
+
+    Haarnoja et al. 2017 (arXiv:1702.08165), equation 10.
+
+    :param q_values: values of sampled actions, ``(batch_size, n_samples)``
+    :param log_densities: of the distribution that these were drawn from
+    :param temperature: positive
+    :return: ``(batch_size, 1)``
+    """
+    log_weights = q_values / temperature - log_densities
+    return temperature * (th.logsumexp(log_weights, dim=1, keepdim=True) - math.log(q_values.shape[1]))
+
+
+def stein_direction(particles: th.Tensor, scores: th.Tensor, updated: th.Tensor) -> th.Tensor:
+    """
+    Where points have to move so that their distribution comes closest to a density, in a Gaussian kernel's function space.
+
+    ``mean_j [k(x_j, y) * score(x_j) + d k(x_j, y) / d x_j]``: towards the density, and away from the particles. The kernel
+    is ``exp(-|x - y|^2 / h)``, with ``h`` in each state the median of the squared distances over ``log(n_particles)``.
+    Liu and Wang 2016 (arXiv:1608.04471), equation 8, as in Haarnoja et al. 2017 (arXiv:1702.08165), equation 13.
+
+    :param particles: samples of the distribution, ``x``: ``(batch_size, n_particles, action_dim)``, at least 2 in a state
+    :param scores: derivatives of the density's log at these
+    :param updated: the points ``y``, ``(batch_size, n_updated, action_dim)``
+    :return: directions of the points, ``(batch_size, n_updated, action_dim)``
+    """
+    assert particles.shape == scores.shape and particles.shape[1] >= 2, f"{tuple(particles.shape)} {tuple(scores.shape)}"
+    differences = particles.unsqueeze(2) - updated.unsqueeze(1)  # (batch_size, n_particles, n_updated, action_dim)
+    distances = differences.square().sum(dim=3)
+    bandwidth = distances.flatten(1).median(dim=1).values / math.log(particles.shape[1])
+    bandwidth = bandwidth.clamp(min=1e-3).view(-1, 1, 1)
+    kernel = (-distances / bandwidth).exp()
+    attraction = kernel.transpose(1, 2) @ scores
+    repulsion = (-2 * differences * (kernel / bandwidth).unsqueeze(3)).sum(dim=1)
+    return (attraction + repulsion) / particles.shape[1]

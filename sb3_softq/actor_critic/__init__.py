@@ -3,5 +3,6 @@
 from sb3_softq.actor_critic.mpo import MPO
 from sb3_softq.actor_critic.msac import MunchausenSAC
 from sb3_softq.actor_critic.rerpi import RERPI
+from sb3_softq.actor_critic.sql import SoftQLearning
 
-__all__ = ["MPO", "RERPI", "MunchausenSAC"]
+__all__ = ["MPO", "RERPI", "MunchausenSAC", "SoftQLearning"]

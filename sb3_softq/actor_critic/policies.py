@@ -68,8 +68,14 @@ class Actor(BasePolicy):
         self.net_arch = net_arch
         self.features_dim = features_dim
         self.activation_fn = activation_fn
-        self.latent_dim = net_arch[-1] if net_arch else features_dim
-        self.latent_pi = nn.Sequential(*create_mlp(features_dim, -1, net_arch, activation_fn))
+        input_dim = features_dim + self.noise_dim
+        self.latent_dim = net_arch[-1] if net_arch else input_dim
+        self.latent_pi = nn.Sequential(*create_mlp(input_dim, -1, net_arch, activation_fn))
+
+    @property
+    def noise_dim(self) -> int:
+        """Number of random inputs beside the features."""
+        return 0
 
     def latent(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -145,6 +151,48 @@ class CategoricalActor(Actor):
         return log_policy.argmax(dim=1) if deterministic else th.multinomial(log_policy.exp(), 1).squeeze(1)
 
 
+class SamplingActor(Actor):
+    """
+    Network that turns noise into actions: it can have any density, and be sampled but not evaluated.
+
+    Haarnoja et al. 2017 (arXiv:1702.08165), section 3.2.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.output = nn.Linear(self.latent_dim, self.noise_dim)
+
+    @property
+    def noise_dim(self) -> int:
+        return get_action_dim(self.action_space)
+
+    def draw_noise(self, batch_size: int, n_particles: int) -> th.Tensor:
+        """
+        Random inputs.
+
+        :param batch_size: number of states
+        :param n_particles: number of particles in each
+        :return: ``(batch_size, n_particles, action_dim)``
+        """
+        weight = self.output.weight
+        return th.randn(batch_size, n_particles, self.noise_dim, device=weight.device, dtype=weight.dtype)
+
+    def forward(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        Particles, before they are squashed to the range of the actions.
+
+        :param obs: observations
+        :param noise: random inputs, ``(batch_size, n_particles, action_dim)``
+        :return: ``(batch_size, n_particles, action_dim)``
+        """
+        features = self.extract_features(obs, self.features_extractor)  # type: ignore[arg-type]
+        return shared_first_layer([*self.latent_pi, self.output], features, noise)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        batch_size = len(self.extract_features(observation, self.features_extractor))  # type: ignore[arg-type]
+        return th.tanh(self(observation, self.draw_noise(batch_size, 1))).squeeze(1)
+
+
 class DiscreteCritic(BaseModel):
     """
     Values of all Discrete actions, by several networks over one features extractor.
@@ -198,18 +246,26 @@ def sampled_q_values(critic: ContinuousCritic, obs: PyTorchObs, actions: th.Tens
     :return: ``(n_critics, batch_size, n_samples)``
     """
     features = critic.extract_features(obs, critic.features_extractor)  # type: ignore[arg-type]
-    return th.stack([_shared_first_layer(q_network, features, actions) for q_network in critic.q_networks])
+    q_values = [shared_first_layer(list(q_network.children()), features, actions) for q_network in critic.q_networks]
+    return th.stack(q_values).squeeze(3)
 
 
-def _shared_first_layer(q_network: nn.Module, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-    # The first layer's part of the features, which may be many, is computed once for all actions of a state
-    first, *others = q_network.children()
+def shared_first_layer(layers: list[nn.Module], features: th.Tensor, others: th.Tensor) -> th.Tensor:
+    """
+    A perceptron's output for several inputs that have their first part in common, whose share is computed once.
+
+    :param layers: of the perceptron, the first of them linear
+    :param features: the common part, ``(batch_size, features_dim)``
+    :param others: the other part, ``(batch_size, n_samples, other_dim)``
+    :return: ``(batch_size, n_samples, output_dim)``
+    """
+    first = layers[0]
     assert isinstance(first, nn.Linear)
-    feature_weight, action_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
-    hidden = F.linear(features, feature_weight, first.bias).unsqueeze(1) + F.linear(actions, action_weight)
-    for layer in others:
+    feature_weight, other_weight = first.weight.split([features.shape[1], others.shape[2]], dim=1)
+    hidden = F.linear(features, feature_weight, first.bias).unsqueeze(1) + F.linear(others, other_weight)
+    for layer in layers[1:]:
         hidden = layer(hidden)
-    return hidden.squeeze(2)
+    return hidden
 
 
 class CriticActorPolicy(BasePolicy):
@@ -395,5 +451,77 @@ class CnnMPOPolicy(MPOPolicy):
 
 class MultiInputMPOPolicy(MPOPolicy):
     """:class:`MPOPolicy` for Dict observations."""
+
+    default_features_extractor = CombinedExtractor
+
+
+class SoftQPolicy(CriticActorPolicy):
+    """
+    Policy of soft Q-learning: a network that samples, and critics that choose among its particles.
+
+    Parameters not described here are those of :class:`CriticActorPolicy`.
+
+    :param n_candidates: particles of which the deterministic action is the one of the highest value; their noise is drawn
+        once, so that an observation has one such action
+    """
+
+    actor: SamplingActor
+    critic: ContinuousCritic
+    critic_target: ContinuousCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        n_candidates: int = 32,
+    ) -> None:
+        check_integer("n_candidates in policy_kwargs", n_candidates, 1)
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            activation_fn,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+            n_critics,
+        )
+        self.n_candidates = n_candidates
+        self.register_buffer("candidate_noise", self.actor.draw_noise(1, n_candidates))
+
+    def make_actor(self) -> SamplingActor:
+        return SamplingActor(**self._network_kwargs(get_actor_critic_arch(self.net_arch)[0])).to(self.device)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(**super()._get_constructor_parameters(), n_candidates=self.n_candidates)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if not deterministic:
+            return self.actor._predict(observation)
+        actions = th.tanh(self.actor(observation, self.candidate_noise))
+        best = sampled_q_values(self.critic, observation, actions).amin(dim=0).argmax(dim=1)
+        return actions[th.arange(len(actions), device=actions.device), best]
+
+
+class CnnSoftQPolicy(SoftQPolicy):
+    """:class:`SoftQPolicy` for images."""
+
+    default_features_extractor = NatureCNN
+
+
+class MultiInputSoftQPolicy(SoftQPolicy):
+    """:class:`SoftQPolicy` for Dict observations."""
 
     default_features_extractor = CombinedExtractor
