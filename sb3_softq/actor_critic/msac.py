@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -91,12 +92,13 @@ class MunchausenSAC(ActorCriticAlgorithm, SAC):
             use_sde_at_warmup,
             stats_window_size,
             tensorboard_log,
-            policy_kwargs,
-            verbose,
-            seed,
-            device,
+            verbose=verbose,
+            seed=seed,
+            device=device,
             _init_setup_model=False,
         )
+        # SB3 writes into the dict that it gets
+        self.policy_kwargs = {} if policy_kwargs is None else policy_kwargs
         self.munchausen_alpha = munchausen_alpha
         self.munchausen_clip = munchausen_clip
         if _init_setup_model:
@@ -119,10 +121,12 @@ class MunchausenSAC(ActorCriticAlgorithm, SAC):
         _check_auto("target_entropy", self.target_entropy, None)
 
     def _setup_model(self) -> None:
-        target_entropy = self.target_entropy
+        # What SB3's SAC writes into its arguments is taken out again: they stay as they were passed
+        policy_kwargs, target_entropy = self.policy_kwargs, self.target_entropy
+        self._target_entropy = -float(np.prod(self.action_space.shape)) if target_entropy == "auto" else float(target_entropy)  # type: ignore[arg-type]
+        self.policy_kwargs, self.target_entropy = {**policy_kwargs, "use_sde": self.use_sde}, self._target_entropy
         super()._setup_model()
-        # SB3 writes the number into the argument: the argument stays as it was passed
-        self._target_entropy, self.target_entropy = float(self.target_entropy), target_entropy
+        self.policy_kwargs, self.target_entropy = policy_kwargs, target_entropy
         clip = self.munchausen_clip
         self._clip_low, self._clip_high = clip if isinstance(clip, (tuple, list)) else (clip, 0.0)
 
