@@ -1,5 +1,6 @@
 """Munchausen SAC."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,13 +8,14 @@ import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.sac.policies import SACPolicy
 from torch.nn import functional as F
 
 from sb3_softq.actor_critic.base import ActorCriticAlgorithm
 from sb3_softq.checks import check_number
+from sb3_softq.diagnostics import name_divergence
 
 
 class MunchausenSAC(ActorCriticAlgorithm, SAC):
@@ -117,15 +119,17 @@ class MunchausenSAC(ActorCriticAlgorithm, SAC):
             check_number("the upper bound in munchausen_clip", clip[1], 0, finite=False)
         else:
             check_number("munchausen_clip", clip, maximum=0, finite=False)
-        _check_auto("ent_coef", self.ent_coef, 0.0)
-        _check_auto("target_entropy", self.target_entropy, None)
+        _check_auto("ent_coef", self.ent_coef, 0.0, initial=True)
+        _check_auto("target_entropy", self.target_entropy, -math.inf, initial=False)
 
     def _setup_model(self) -> None:
         # What SB3's SAC writes into its arguments is taken out again: they stay as they were passed
         policy_kwargs, target_entropy = self.policy_kwargs, self.target_entropy
-        self._target_entropy = -float(np.prod(self.action_space.shape)) if target_entropy == "auto" else float(target_entropy)  # type: ignore[arg-type]
-        self.policy_kwargs, self.target_entropy = {**policy_kwargs, "use_sde": self.use_sde}, self._target_entropy
+        self.policy_kwargs = {**policy_kwargs, "use_sde": self.use_sde}
+        if target_entropy == "auto":  # which SB3 takes from the environment, and a loaded model may have none
+            self.target_entropy = -float(np.prod(self.action_space.shape))
         super()._setup_model()
+        self._target_entropy = float(self.target_entropy)
         self.policy_kwargs, self.target_entropy = policy_kwargs, target_entropy
         clip = self.munchausen_clip
         self._clip_low, self._clip_high = clip if isinstance(clip, (tuple, list)) else (clip, 0.0)
@@ -147,8 +151,7 @@ class MunchausenSAC(ActorCriticAlgorithm, SAC):
         # The same operations on the same random numbers as in SB3's SAC, so that munchausen_alpha=0 is SB3's SAC
         if self.use_sde:
             self.actor.reset_noise()
-        actions_pi, log_prob = self.actor.action_log_prob(replay_data.observations)
-        log_prob = log_prob.reshape(-1, 1)
+        actions_pi, log_prob = self._act(replay_data.observations, replay_data)
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
 
         with th.no_grad():
@@ -175,6 +178,15 @@ class MunchausenSAC(ActorCriticAlgorithm, SAC):
             metrics["ent_coef_loss"] = self._update_ent_coef(log_prob.detach(), replay_data)
         return metrics
 
+    def _act(self, observations: PyTorchObs, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+        """Actions of the policy, and their log-densities ``(batch_size, 1)``."""
+        try:
+            actions, log_prob = self.actor.action_log_prob(observations)
+        except ValueError as error:  # torch's distributions refuse what is not finite
+            broken = {"policy": th.tensor(math.nan)}
+            raise name_divergence(replay_data, broken, self._n_updates, self.num_timesteps) from error
+        return actions, log_prob.reshape(-1, 1)
+
     def _scaled_log_policy(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> th.Tensor:
         """``ent_coef * log pi(a|s)`` of the replayed actions, clipped; the actor has just been evaluated at s."""
         log_prob = self.actor.action_dist.log_prob(replay_data.actions)
@@ -182,9 +194,9 @@ class MunchausenSAC(ActorCriticAlgorithm, SAC):
 
     def _compute_targets(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor, log_policy: th.Tensor) -> th.Tensor:
         # r + alpha * clip(T log pi(a|s)) + gamma * (min_i Q_i(s', a') - T log pi(a'|s')), a' from the policy
-        next_actions, next_log_prob = self.actor.action_log_prob(replay_data.next_observations)
+        next_actions, next_log_prob = self._act(replay_data.next_observations, replay_data)
         next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
-        next_values = next_q_values.min(dim=1, keepdim=True).values - ent_coef * next_log_prob.reshape(-1, 1)
+        next_values = next_q_values.min(dim=1, keepdim=True).values - ent_coef * next_log_prob
         return self._bellman_target(replay_data, next_values) + self.munchausen_alpha * log_policy
 
     def _update_ent_coef(self, log_prob: th.Tensor, replay_data: ReplayBufferSamples) -> th.Tensor:
@@ -199,14 +211,15 @@ class MunchausenSAC(ActorCriticAlgorithm, SAC):
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
 
-def _check_auto(name: str, value: str | float, minimum: float | None) -> None:
-    """Raise unless ``value`` is a number or, as SB3's SAC takes it, ``"auto"`` or (with a minimum) ``"auto_0.1"``."""
-    if not isinstance(value, str):
-        check_number(name, value, -float("inf") if minimum is None else minimum)
-        return
-    try:
-        number = 1.0 if value == "auto" else float(value.removeprefix("auto_") if minimum is not None else value)
-    except ValueError:
-        forms = "'auto' or like 'auto_0.1'" if minimum is not None else "or 'auto'"
-        raise ValueError(f"{name} must be a number, {forms}, not {value!r}") from None
-    check_number(f"the initial value in {name}" if value.startswith("auto") else name, number, positive=minimum is not None)
+def _check_auto(name: str, value: str | float, minimum: float, initial: bool) -> None:
+    """Raise unless ``value`` is a number or, as SB3's SAC takes it, ``"auto"`` or, with ``initial``, ``"auto_0.1"``."""
+    if isinstance(value, str) and value != "auto":
+        try:
+            number = float(value.removeprefix("auto_") if initial else value)
+        except ValueError:
+            forms = "a number, 'auto' or like 'auto_0.1'" if initial else "a number or 'auto'"
+            raise ValueError(f"{name} must be {forms}, not {value!r}") from None
+        is_initial = value.startswith("auto_")
+        check_number(f"the initial value in {name}" if is_initial else name, number, minimum, positive=is_initial)
+    elif not isinstance(value, str):
+        check_number(name, value, minimum)
