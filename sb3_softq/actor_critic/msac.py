@@ -127,7 +127,7 @@ class MunchausenSAC(ActorCriticAlgorithm, SAC):
         policy_kwargs, target_entropy = self.policy_kwargs, self.target_entropy
         self.policy_kwargs = {**policy_kwargs, "use_sde": self.use_sde}
         if target_entropy == "auto":  # which SB3 takes from the environment, and a loaded model may have none
-            self.target_entropy = -float(np.prod(self.action_space.shape))
+            self.target_entropy = -float(np.prod(self.action_space.shape))  # type: ignore[arg-type]
         super()._setup_model()
         self._target_entropy = float(self.target_entropy)
         self.policy_kwargs, self.target_entropy = policy_kwargs, target_entropy
