@@ -4,7 +4,17 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_softq.actor_critic import MPO, RERPI, MunchausenSAC, SoftQLearning
 from sb3_softq.diagnostics import DivergenceError
-from sb3_softq.value_based import SQN, MunchausenDQN, SoftDQN
+from sb3_softq.value_based import (
+    CVI,
+    DPP,
+    SQN,
+    MirrorDescentDQN,
+    MomentumDQN,
+    MunchausenDQN,
+    MunchausenIQN,
+    SACDiscrete,
+    SoftDQN,
+)
 from sb3_softq.version import __version__
 
 # rl-zoo3 key -> class
@@ -12,6 +22,12 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
     "softdqn": SoftDQN,
     "sqn": SQN,
     "mdqn": MunchausenDQN,
+    "miqn": MunchausenIQN,
+    "dpp": DPP,
+    "cvi": CVI,
+    "modqn": MomentumDQN,
+    "mddqn": MirrorDescentDQN,
+    "sacd": SACDiscrete,
     "msac": MunchausenSAC,
     "sql": SoftQLearning,
     "mpo": MPO,
@@ -20,12 +36,18 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
 
 __all__ = [
     "ALGOS",
+    "CVI",
+    "DPP",
     "MPO",
     "RERPI",
     "SQN",
     "DivergenceError",
+    "MirrorDescentDQN",
+    "MomentumDQN",
     "MunchausenDQN",
+    "MunchausenIQN",
     "MunchausenSAC",
+    "SACDiscrete",
     "SoftDQN",
     "SoftQLearning",
     "__version__",

@@ -168,7 +168,7 @@ class CompiledUpdate:
                         targets, named_metrics = self.model._compute_targets(samples)
                     self.metric_names, metrics = list(named_metrics), list(named_metrics.values())
                 losses, q_values = self.model._compute_loss(samples, targets)
-                temperature = self.model.current_temperature
+                temperature = self.model._acting_temperature
             loss = losses.mean()
             (grad,) = th.autograd.grad(loss, data)
         loss, q_values = loss.detach(), q_values.detach()
@@ -177,7 +177,8 @@ class CompiledUpdate:
         optimizer = self.updater.flat_optimizer
         new_state = _adam(state[0], grad, state[1:3], rates[:3], optimizer.settings())
         if self.temperature.learned:
-            difference = operators.entropy(q_values, temperature).mean() - self.temperature.target_entropy
+            mask = self.model._mask_rows(samples)
+            difference = self.temperature.excess_entropy(operators.entropy(q_values, temperature, mask), mask)
             settings = {"betas": (0.9, 0.999), "eps": 1e-8}
             new_state += _adam(state[3], difference, state[4:6], rates[3:6], settings)
         # An update that is not finite changes nothing, and neither do those after it
@@ -274,13 +275,13 @@ class CompiledTraining:
             update = self._updates.get((n_batches, batch_size)) or self._compile(n_batches, batch_size)
             if update is None:
                 return gradient_steps
-            samples = model.replay_buffer.sample(n_batches * batch_size, env=model._vec_normalize_env)  # type: ignore[union-attr]
+            samples = model._sample(n_batches * batch_size)
             losses, grad_norms, q_values, target_metrics = update(samples)
             self._check(update, losses + grad_norms, samples)
             model._losses.append((losses, grad_norms))
             update.count_steps(n_batches)
             gradient_steps -= n_batches
-        model._report(q_values, target_metrics)
+        model._report(q_values, target_metrics, model._mask_rows(split_samples(samples, n_batches)[-1]))
         return 0
 
     def _possible(self, updater: Updater) -> bool:
@@ -299,7 +300,7 @@ class CompiledTraining:
         assert model.replay_buffer is not None and isinstance(updater, FlatUpdater)
         # A sample to compile with must not change which ones are drawn to train with
         random_state = np.random.get_state()
-        samples = model.replay_buffer.sample(n_batches * batch_size, env=model._vec_normalize_env)
+        samples = model._sample(n_batches * batch_size)
         np.random.set_state(random_state)
         try:
             update = CompiledUpdate(model, updater, samples, n_batches)

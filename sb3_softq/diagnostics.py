@@ -88,23 +88,34 @@ def name_divergence(
     )
 
 
-def policy_statistics(q_values: th.Tensor, temperature: operators.Temperature) -> dict[str, th.Tensor]:
+def policy_statistics(
+    q_values: th.Tensor, temperature: operators.Temperature, mask: th.Tensor | None = None
+) -> dict[str, th.Tensor]:
     """
     What the logger shows of a minibatch of action values.
 
     :param q_values: action values, ``(batch_size, n_actions)``
-    :param temperature: the current temperature
-    :return: tensors without dimensions: the ``temperature``, the mean ``entropy`` of the Boltzmann policy in nats and as
-        a fraction of its maximum (``entropy_fraction``), the mean ``action_gap`` between the best and the second best
-        action, and ``q_value_mean``
+    :param temperature: the policy is the softmax of the values divided by this
+    :param mask: valid actions, ``(batch_size, n_actions)``
+    :return: tensors without dimensions: the mean ``entropy`` of the policy in nats and as a fraction of its maximum
+        (``entropy_fraction``), the mean ``action_gap`` between the best and the second best action, and ``q_value_mean``
     """
-    entropy = operators.entropy(q_values, temperature).mean()
+    entropy = operators.entropy(q_values, temperature, mask).mean()
     n_actions = q_values.shape[1]
-    best = q_values.topk(min(2, n_actions), dim=1).values
+    if mask is None:
+        maximum_entropy: Any = math.log(n_actions)
+        best = q_values.topk(min(2, n_actions), dim=1).values
+        gap, mean = (best[:, 0] - best[:, -1]).mean(), q_values.mean()
+    else:
+        n_valid = mask.sum(dim=1)
+        maximum_entropy = n_valid.to(q_values.dtype).log().mean()
+        best = q_values.masked_fill(~mask, -math.inf).topk(min(2, n_actions), dim=1).values
+        # A state with a single valid action has no gap
+        gap = th.where(n_valid > 1, best[:, 0] - best[:, -1], 0.0).mean()
+        mean = q_values[mask].mean()
     return {
-        "temperature": th.as_tensor(temperature, dtype=q_values.dtype, device=q_values.device),
         "entropy": entropy,
-        "entropy_fraction": entropy / math.log(n_actions) if n_actions > 1 else entropy,
-        "action_gap": (best[:, 0] - best[:, -1]).mean(),
-        "q_value_mean": q_values.mean(),
+        "entropy_fraction": entropy / maximum_entropy if n_actions > 1 else entropy,
+        "action_gap": gap,
+        "q_value_mean": mean,
     }

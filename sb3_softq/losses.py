@@ -343,13 +343,14 @@ def retrace(
     :param discounts: gamma, or 0 after a terminal state, ``(batch_size, n_steps)``
     :param q_values: values of the actions that were taken
     :param next_values: values of the next states
-    :param log_ratios: log-probability of the actions under the policy, less that under the behaviour
+    :param log_ratios: log-probability of the actions under the policy, less that under the behaviour; of all but the
+        first, which is given: ``(batch_size, n_steps - 1)``
     :param valid: whether a step belongs to the episode of the first
     :return: ``(batch_size, 1)``
     """
     differences = (rewards + discounts * next_values - q_values) * valid
-    # The first action is given; its successors are weighted by min(1, pi / mu), which the later ones inherit
-    traces = (log_ratios.clamp(max=0).exp() * valid)[:, 1:]
+    # min(1, pi / mu) of an action weighs its difference and all later ones
+    traces = log_ratios.clamp(max=0).exp() * valid[:, 1:]
     factors = th.cat([th.ones_like(rewards[:, :1]), discounts[:, :-1] * traces], dim=1).cumprod(dim=1)
     return q_values[:, :1] + (factors * differences).sum(dim=1, keepdim=True)
 

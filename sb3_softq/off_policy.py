@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_softq.checks import check_integer, check_number
 from sb3_softq.diagnostics import check_finite
-from sb3_softq.replay import GrowingDictReplayBuffer, GrowingNStepReplayBuffer, GrowingReplayBuffer
+from sb3_softq.replay import GrowingDictReplayBuffer, GrowingReplayBuffer
 
 SelfRegularisedAlgorithm = TypeVar("SelfRegularisedAlgorithm", bound="RegularisedAlgorithm")
 
@@ -39,8 +39,6 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         check_number("learning_starts", self.learning_starts, 0)
         check_number("tau", self.tau, 0, 1)
         check_number("gamma", self.gamma, 0, 1)
-        if self.n_steps > 1 and (isinstance(self.observation_space, spaces.Dict) or self.optimize_memory_usage):
-            raise ValueError(f"n_steps={self.n_steps} needs observations that are no Dict and optimize_memory_usage=False")
 
     def _setup_model(self) -> None:
         self._check_arguments()
@@ -53,23 +51,20 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
 
     def _make_replay_buffer(self) -> ReplayBuffer:
-        replay_buffer_kwargs = self.replay_buffer_kwargs.copy()
-        if isinstance(self.observation_space, spaces.Dict):
-            replay_buffer_class: type[ReplayBuffer] = GrowingDictReplayBuffer
-        elif self.n_steps > 1:
-            replay_buffer_class = GrowingNStepReplayBuffer
-            replay_buffer_kwargs.update(n_steps=self.n_steps, gamma=self.gamma)
-        else:
-            replay_buffer_class = GrowingReplayBuffer
-        return replay_buffer_class(
+        is_dict = isinstance(self.observation_space, spaces.Dict)
+        return (GrowingDictReplayBuffer if is_dict else GrowingReplayBuffer)(
             self.buffer_size,
             self.observation_space,
             self.action_space,
             device=self.device,
             n_envs=self.n_envs,
             optimize_memory_usage=self.optimize_memory_usage,
-            **replay_buffer_kwargs,
+            **{**self._storage_options(), **self.replay_buffer_kwargs},
         )
+
+    def _storage_options(self) -> dict[str, Any]:
+        """What our replay buffers are told beyond SB3's arguments, see :class:`~sb3_softq.replay.GrowingStorage`."""
+        return dict(n_steps=self.n_steps, gamma=self.gamma)
 
     # ------------------------------------------------------------------ collecting
 

@@ -53,8 +53,15 @@ def _logits(q_values: th.Tensor, temperature: Temperature) -> tuple[th.Tensor, t
     return (q_values - maximum) / temperature, maximum
 
 
-def _expectation(probabilities: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
-    """Sum over the actions of ``probabilities * values``, where 0 * -inf counts as 0; ``(batch_size, 1)``."""
+def expectation(probabilities: th.Tensor, values: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    """
+    ``sum_a pi(a | s) values(s, a)``, where actions that are not valid add nothing, whatever their values.
+
+    :param probabilities: ``(batch_size, n_actions)``
+    :param values: ``(batch_size, n_actions)``
+    :param mask: valid actions, ``(batch_size, n_actions)``
+    :return: ``(batch_size, 1)``
+    """
     if mask is not None:
         values = values.masked_fill(~mask, 0.0)  # before the product: its gradient would hold 0 * -inf too
     return (probabilities * values).sum(dim=1, keepdim=True)
@@ -144,7 +151,7 @@ def boltzmann_value(q_values: th.Tensor, temperature: Temperature, mask: th.Tens
     """
     if _is_hard(temperature):
         return soft_value(q_values, temperature, mask)
-    return _expectation(policy(q_values, temperature, mask), q_values, mask)
+    return expectation(policy(q_values, temperature, mask), q_values, mask)
 
 
 def double_soft_value(
@@ -168,7 +175,7 @@ def double_soft_value(
     assert q_values.shape == evaluation_q_values.shape, (
         f"q_values {tuple(q_values.shape)} and evaluation_q_values {tuple(evaluation_q_values.shape)} must have one shape"
     )
-    difference = _expectation(policy(q_values, temperature, mask), evaluation_q_values - q_values, mask)
+    difference = expectation(policy(q_values, temperature, mask), evaluation_q_values - q_values, mask)
     return soft_value(q_values, temperature, mask) + difference
 
 
@@ -185,7 +192,7 @@ def entropy(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | Non
     if _is_hard(temperature):
         return th.zeros_like(q_values[:, :1])
     log_policy = th.log_softmax(_logits(q_values, temperature)[0], dim=1)
-    return -_expectation(log_policy.exp(), log_policy, mask)
+    return -expectation(log_policy.exp(), log_policy, mask)
 
 
 def kl_divergence(log_policy: th.Tensor, other_log_policy: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
@@ -206,7 +213,7 @@ def kl_divergence(log_policy: th.Tensor, other_log_policy: th.Tensor, mask: th.T
     # An action of probability 0 adds nothing, also where the other policy excludes it too
     impossible = log_policy == -math.inf if mask is None else (log_policy == -math.inf) | ~mask
     difference = (log_policy - other_log_policy).masked_fill(impossible, 0.0)
-    return _expectation(log_policy.exp(), difference, mask)
+    return expectation(log_policy.exp(), difference, mask)
 
 
 def gap_bonus(
@@ -254,12 +261,12 @@ def bellman_target(
     :param rewards: rewards, with the bonus if there is one, ``(batch_size, 1)``
     :param dones: 1 where the episode terminated (not where it was cut by a time limit), ``(batch_size, 1)``
     :param discounts: the discount, or one per sample (``gamma ** n`` for n-step returns), ``(batch_size, 1)``
-    :param next_values: values of the next state, ``(batch_size, 1)``
-    :return: targets, ``(batch_size, 1)``
+    :param next_values: values of the next state, ``(batch_size, 1)``, or their quantiles, ``(batch_size, n_quantiles)``
+    :return: targets, of the shape of ``next_values``
     """
-    assert rewards.shape == dones.shape == next_values.shape and rewards.shape[1:] == (1,), (
-        f"rewards {tuple(rewards.shape)}, dones {tuple(dones.shape)} and next_values {tuple(next_values.shape)} "
-        "must be (batch_size, 1)"
+    assert rewards.shape == dones.shape == (len(next_values), 1) and next_values.ndim == 2, (
+        f"rewards {tuple(rewards.shape)} and dones {tuple(dones.shape)} must be (batch_size, 1), next_values "
+        f"{tuple(next_values.shape)} (batch_size, 1) or (batch_size, n_quantiles)"
     )
     assert not isinstance(discounts, th.Tensor) or discounts.shape in (rewards.shape, ()), (
         f"discounts must be a number or {tuple(rewards.shape)}, not {tuple(discounts.shape)}"

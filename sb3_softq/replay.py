@@ -7,14 +7,15 @@ was loaded to be looked at, holds what it uses.
 """
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+from torch.utils._pytree import tree_map
 
 try:
     import psutil
@@ -24,12 +25,46 @@ except ImportError:  # an extra of SB3's
 MINIMUM_CAPACITY = 1024
 
 
+class Samples(NamedTuple):
+    """
+    A minibatch: the fields of SB3's samples, and two that only the buffers here have.
+
+    With n-step returns, the first five describe a segment of up to n steps that ends early with its episode: observations
+    and actions of its first step, next observations and dones of its last, the discounted sum of its rewards.
+    """
+
+    observations: PyTorchObs
+    actions: th.Tensor
+    next_observations: PyTorchObs
+    #: 1 where the episode terminated, not where it was cut by a time limit
+    dones: th.Tensor
+    rewards: th.Tensor
+    #: ``gamma ** length`` of segments, ``(batch_size, 1)``; None for single steps
+    discounts: th.Tensor | None = None
+    #: what else was stored with the (first) transition
+    extras: dict[str, th.Tensor] | None = None
+    #: the steps of segments: ``rewards`` and ``valid`` of all n (``(batch_size, n)``), ``observations``, ``actions`` and the
+    #: extras of all but the first (``(batch_size, n - 1, ...)``)
+    steps: dict[str, Any] | None = None
+
+
 class GrowingStorage(ReplayBuffer):
     """
     Mixin before one of SB3's buffers: its arrays have :attr:`capacity` rows, at most ``buffer_size``.
 
     If the memory runs out, the buffer stays at the size it has, with a warning, and overwrites its oldest transitions:
     the training goes on.
+
+    :param buffer_size: number of transitions to keep
+    :param observation_space: observation space of the environment
+    :param action_space: action space of the environment
+    :param device: where minibatches go
+    :param n_envs: number of environments
+    :param n_steps: length of the segments that are sampled
+    :param gamma: discount within a segment
+    :param keep_steps: whether segments come with their single steps (:attr:`Samples.steps`)
+    :param extra_fields: name -> (shape, dtype) of what is stored beside each transition; :attr:`pending` is where
+        :meth:`add` takes it from
     """
 
     def __init__(
@@ -39,11 +74,21 @@ class GrowingStorage(ReplayBuffer):
         action_space: spaces.Space,
         device: th.device | str = "auto",
         n_envs: int = 1,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+        keep_steps: bool = False,
+        extra_fields: dict[str, tuple[tuple[int, ...], Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         # SB3 allocates in its constructor: a single row, whose dtypes and shapes all later ones have
         super().__init__(n_envs, observation_space, action_space, device, n_envs=n_envs, **kwargs)
         self.buffer_size = max(buffer_size // n_envs, 1)
+        self.n_steps, self.gamma, self.keep_steps = n_steps, gamma, keep_steps
+        self.extras = {
+            name: np.zeros((1, n_envs, *shape), dtype=dtype) for name, (shape, dtype) in (extra_fields or {}).items()
+        }
+        #: What the next :meth:`add` stores besides its arguments, ``(n_envs, ...)`` each
+        self.pending: dict[str, np.ndarray] = {}
 
     @property
     def capacity(self) -> int:
@@ -58,7 +103,7 @@ class GrowingStorage(ReplayBuffer):
     def _arrays(self) -> list[tuple[Any, str, np.ndarray]]:
         """All storage as (owner, name, array), where the owner is the buffer's ``__dict__`` or a dict of observations."""
         arrays: list[tuple[Any, str, np.ndarray]] = []
-        for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
+        for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts", "extras"):
             array = getattr(self, name, None)
             if isinstance(array, dict):
                 arrays += [(array, key, array[key]) for key in array]
@@ -98,42 +143,106 @@ class GrowingStorage(ReplayBuffer):
         self.buffer_size = capacity
 
     def add(self, *args: Any, **kwargs: Any) -> None:
+        pos = self.pos
         if not self.full:
-            # n-step sampling and optimize_memory_usage look (and write) past the current row
-            self._reserve(self.pos + 1 + getattr(self, "n_steps", 1))
+            self._reserve(pos + 2)  # optimize_memory_usage writes past the current row
+        self._write(*args, **kwargs)
+        for name, array in self.extras.items():
+            array[pos] = self.pending[name]
+
+    def _write(self, *args: Any, **kwargs: Any) -> None:
         super().add(*args, **kwargs)
 
-    def _gather(self, batch_inds: np.ndarray) -> dict[str, Any]:
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> Samples:  # type: ignore[override]
         """The samples at rows of the buffer, each of a random environment, gathered by tensors: no copy but the gathering."""
-        if self.n_envs > 1:  # drawn as SB3 draws them; from one environment no random number is taken
-            batch_inds = batch_inds * self.n_envs + np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))
-        rows = th.from_numpy(batch_inds)
-
-        def gather(array: Any) -> Any:
-            if isinstance(array, dict):
-                return {key: gather(value) for key, value in array.items()}
-            return self._view(array).index_select(0, rows).to(self.device)
-
-        terminated = gather(self.dones)
+        # Drawn as SB3 draws them; from one environment no random number is taken
+        envs = np.random.randint(0, self.n_envs, size=len(batch_inds))
+        if self.n_steps == 1:
+            first = last = self._flat(batch_inds, envs)
+            rewards, discounts, steps = self._gather_rewards(first, env).unsqueeze(1), None, None
+        else:
+            rows, valid = self._segments(batch_inds, envs)
+            segments = self._flat(rows, envs[:, None])
+            first, last = segments[:, 0], segments[np.arange(len(rows)), valid.sum(axis=1) - 1]
+            powers = self.gamma ** np.arange(self.n_steps, dtype=np.float32)
+            all_rewards = self._gather_rewards(segments, env)
+            rewards = (all_rewards * th.from_numpy(powers * valid)).sum(dim=1, keepdim=True)
+            discounts = th.from_numpy(self.gamma ** valid.sum(axis=1, keepdims=True).astype(np.float32))
+            steps = self._gather_steps(segments[:, 1:], env) if self.keep_steps else None
+            if steps is not None:
+                steps |= {"rewards": all_rewards, "valid": th.from_numpy(valid)}
+        dones = self._gather(self.dones, last)
         if self.handle_timeout_termination:
-            terminated = terminated * (1 - gather(self.timeouts))
-        return {
-            "observations": gather(self.observations),
-            "actions": gather(self.actions),
-            "next_observations": gather(self.next_observations),
-            "dones": terminated.unsqueeze(1),
-            "rewards": gather(self.rewards).unsqueeze(1),
-        }
+            dones = dones * (1 - self._gather(self.timeouts, last))
+        samples = Samples(
+            observations=self._gather_observations(self.observations, first, env),
+            actions=self._gather(self.actions, first),
+            next_observations=self._gather_next_observations(last, env),
+            dones=dones.unsqueeze(1),
+            rewards=rewards,
+            discounts=discounts,
+            extras=self._gather(self.extras, first) or None,
+            steps=steps,
+        )
+        if self.device.type == "cpu":
+            return samples
+        return tree_map(lambda tensor: tensor.to(self.device), samples)
 
-    def _view(self, array: np.ndarray) -> th.Tensor:
-        """An array as a tensor of the same memory, with rows and environments in one dimension."""
-        return th.from_numpy(array).view(-1, *array.shape[2:])
+    def _flat(self, rows: np.ndarray, envs: np.ndarray) -> np.ndarray:
+        """Index of transitions where rows and environments are one dimension."""
+        return rows if self.n_envs == 1 else rows * self.n_envs + envs
+
+    def _segments(self, batch_inds: np.ndarray, envs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The rows of segments, and which of their steps count: those up to the end of the episode, or to the newest
+        transition; ``(batch_size, n_steps)`` both.
+        """
+        rows = (batch_inds[:, None] + np.arange(self.n_steps)) % self.buffer_size
+        newest = rows == (self.pos - 1) % self.buffer_size
+        rows = np.minimum(rows, self.capacity - 1)  # what lies beyond never counts
+        ends = newest | (self.dones[rows, envs[:, None]] > 0)
+        if self.handle_timeout_termination:
+            ends |= self.timeouts[rows, envs[:, None]] > 0
+        ends_before = np.cumsum(ends, axis=1) - ends
+        return rows, ends_before == 0
+
+    def _gather(self, array: Any, index: np.ndarray) -> Any:
+        """The rows of an array, or of each of a dict, as tensors of the same memory sees them."""
+        if isinstance(array, dict):
+            return {key: self._gather(value, index) for key, value in array.items()}
+        tensor = th.from_numpy(array).view(-1, *array.shape[2:]).index_select(0, th.from_numpy(index.reshape(-1)))
+        return tensor if index.ndim == 1 else tensor.unflatten(0, index.shape)
+
+    def _gather_observations(self, array: Any, index: np.ndarray, env: VecNormalize | None) -> Any:
+        observations = self._gather(array, index)
+        if env is None:
+            return observations
+        return tree_map(th.from_numpy, env.normalize_obs(tree_map(th.Tensor.numpy, observations)))
+
+    def _gather_next_observations(self, index: np.ndarray, env: VecNormalize | None) -> Any:
+        if not self.optimize_memory_usage:
+            return self._gather_observations(self.next_observations, index, env)
+        rows, envs = np.divmod(index, self.n_envs)
+        return self._gather_observations(self.observations, self._flat((rows + 1) % self.buffer_size, envs), env)
+
+    def _gather_rewards(self, index: np.ndarray, env: VecNormalize | None) -> th.Tensor:
+        rewards: th.Tensor = self._gather(self.rewards, index)
+        return rewards if env is None else th.from_numpy(env.normalize_reward(rewards.numpy()).astype(np.float32))
+
+    def _gather_steps(self, index: np.ndarray, env: VecNormalize | None) -> dict[str, Any]:
+        # Normalised with their steps in one dimension, as an environment's observations are
+        observations = self._gather_observations(self.observations, index.reshape(-1), env)
+        return {
+            "observations": tree_map(lambda tensor: tensor.unflatten(0, index.shape), observations),
+            "actions": self._gather(self.actions, index),
+            **self._gather(self.extras, index),
+        }
 
 
 class GrowingReplayBuffer(GrowingStorage, ReplayBuffer):
-    """SB3's ``ReplayBuffer``, allocated as it fills."""
+    """SB3's ``ReplayBuffer``, or its n-step buffer, allocated as it fills."""
 
-    def add(
+    def _write(
         self,
         obs: np.ndarray,
         next_obs: np.ndarray,
@@ -143,10 +252,8 @@ class GrowingReplayBuffer(GrowingStorage, ReplayBuffer):
         infos: list[dict[str, Any]],
     ) -> None:
         if self.optimize_memory_usage:
-            super().add(obs, next_obs, action, reward, done, infos)
+            super()._write(obs, next_obs, action, reward, done, infos)
             return
-        if not self.full:
-            self._reserve(self.pos + 2)
         # As SB3's buffer does, less its intermediate copies: assigning copies already
         pos = self.pos
         self.observations[pos] = obs.reshape(self.observations.shape[1:])
@@ -161,25 +268,9 @@ class GrowingReplayBuffer(GrowingStorage, ReplayBuffer):
             self.full = True
             self.pos = 0
 
-    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        if env is not None or self.optimize_memory_usage:
-            return super()._get_samples(batch_inds, env)
-        return ReplayBufferSamples(**self._gather(batch_inds))
-
 
 class GrowingDictReplayBuffer(GrowingStorage, DictReplayBuffer):  # type: ignore[misc]
-    """SB3's ``DictReplayBuffer``, allocated as it fills."""
-
-    def _get_samples(  # type: ignore[override]
-        self, batch_inds: np.ndarray, env: VecNormalize | None = None
-    ) -> DictReplayBufferSamples:
-        if env is not None:
-            return super()._get_samples(batch_inds, env)
-        return DictReplayBufferSamples(**self._gather(batch_inds))
-
-
-class GrowingNStepReplayBuffer(GrowingStorage, NStepReplayBuffer):
-    """SB3's ``NStepReplayBuffer``, allocated as it fills."""
+    """SB3's ``DictReplayBuffer``, allocated as it fills, with n-step returns as well."""
 
 
 def split_samples(samples: ReplayBufferSamples, n_batches: int) -> list[ReplayBufferSamples]:
@@ -195,7 +286,7 @@ def split_samples(samples: ReplayBufferSamples, n_batches: int) -> list[ReplayBu
 
     def split(field: Any) -> Any:
         if isinstance(field, dict):
-            pieces = {key: value.chunk(n_batches) for key, value in field.items()}
+            pieces = {key: split(value) for key, value in field.items()}
             return [{key: piece[i] for key, piece in pieces.items()} for i in range(n_batches)]
         return [None] * n_batches if field is None else field.chunk(n_batches)
 

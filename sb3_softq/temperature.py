@@ -23,31 +23,47 @@ def _number_after(name: str, value: str, prefix: str, example: str) -> float:
         raise ValueError(f"{name} must be written like {example!r}, not {value!r}") from None
 
 
-def entropy_target(target_entropy: float | str, n_actions: int) -> float:
+def entropy_target(target_entropy: float | str, n_actions: int | list[int]) -> float:
     """
     Entropy that a learned temperature aims at, in nats.
 
     :param target_entropy: nats, or ``"auto"`` / ``"auto_0.3"`` for a fraction of ``log(n_actions)``
-    :param n_actions: number of actions
+    :param n_actions: number of actions, or of those of each head, whose mean entropy is meant
     :return: nats
     :raises ValueError: if no policy over ``n_actions`` actions can have it
     """
-    maximum = math.log(n_actions)
-    if isinstance(target_entropy, str):
-        if target_entropy == "auto":
-            return DEFAULT_ENTROPY_FRACTION * maximum
-        if not target_entropy.startswith("auto_"):
-            raise ValueError(f"target_entropy must be a number, 'auto' or like 'auto_0.3', not {target_entropy!r}")
-        fraction = _number_after("target_entropy", target_entropy, "auto_", "auto_0.3")
-        check_number("the fraction in target_entropy", fraction, 0.0, 1.0)
+    sizes = n_actions if isinstance(n_actions, list) else [n_actions]
+    maximum = sum(math.log(size) for size in sizes) / len(sizes)
+    fraction = entropy_fraction(target_entropy)
+    if fraction is not None:
         return fraction * maximum
+    assert not isinstance(target_entropy, str)  # for mypy
     check_number("target_entropy", target_entropy, 0.0)
     if target_entropy > maximum:
+        log = f"log({sizes[0]})" if len(sizes) == 1 else f"the mean of the logs of {sizes}"
         raise ValueError(
-            f"target_entropy must be at most log({n_actions}) = {maximum:.4g} nats, the entropy of the uniform policy, "
+            f"target_entropy must be at most {log} = {maximum:.4g} nats, the entropy of the uniform policy, "
             f"not {target_entropy!r}"
         )
     return float(target_entropy)
+
+
+def entropy_fraction(target_entropy: float | str) -> float | None:
+    """
+    The fraction that a target entropy like ``"auto_0.3"`` names; None for a number of nats.
+
+    :param target_entropy: see :func:`entropy_target`
+    :raises ValueError: for an unknown string, or a fraction that is not between 0 and 1
+    """
+    if not isinstance(target_entropy, str):
+        return None
+    if target_entropy == "auto":
+        return DEFAULT_ENTROPY_FRACTION
+    if not target_entropy.startswith("auto_"):
+        raise ValueError(f"target_entropy must be a number, 'auto' or like 'auto_0.3', not {target_entropy!r}")
+    fraction = _number_after("target_entropy", target_entropy, "auto_", "auto_0.3")
+    check_number("the fraction in target_entropy", fraction, 0.0, 1.0)
+    return fraction
 
 
 def temperature_schedule(temperature: float | str | Schedule) -> Schedule:
@@ -81,7 +97,7 @@ class Temperature(nn.Module):
     :param temperature: a number of at least 0; a schedule string (``"lin_0.1"``); a callable of the remaining progress; or,
         for a learned one, ``"auto"`` (initial value 1) or ``"auto_0.1"`` (initial value 0.1)
     :param target_entropy: see :func:`entropy_target`; used by a learned temperature only
-    :param n_actions: number of actions
+    :param n_actions: number of actions, or of those of each head
     :param learning_rate: step size of a learned temperature
     :param learnable: whether the algorithm can learn its temperature
     :raises TypeError: for an argument of the wrong type
@@ -92,7 +108,7 @@ class Temperature(nn.Module):
         self,
         temperature: float | str | Schedule,
         target_entropy: float | str = "auto",
-        n_actions: int = 2,
+        n_actions: int | list[int] = 2,
         learning_rate: float = 1e-4,
         learnable: bool = True,
     ) -> None:
@@ -116,6 +132,7 @@ class Temperature(nn.Module):
             initial_value = _number_after("temperature", temperature, "auto_", "auto_0.1")
             check_number("the initial value in temperature", initial_value, positive=True)
         self.target_entropy = entropy_target(target_entropy, n_actions)
+        self.target_fraction = entropy_fraction(target_entropy)
         self.log_temperature = nn.Parameter(th.tensor(math.log(initial_value)))
         self.optimizer = th.optim.Adam([self.log_temperature], lr=learning_rate)
 
@@ -137,16 +154,29 @@ class Temperature(nn.Module):
             check_number(f"temperature (its schedule at remaining progress {progress_remaining:g})", value, 0.0)
             self._value = float(value)
 
-    def learn(self, entropies: th.Tensor, learning_rate: float) -> None:
+    def excess_entropy(self, entropies: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+        """
+        By how much the policy is more random than the target, on average; the gradient of a learned temperature's log.
+
+        :param entropies: entropies of the current policy in nats, ``(batch_size, 1)``
+        :param mask: valid actions, ``(batch_size, n_actions)``; a target that is a fraction is one of their number's log
+        :return: nats, without dimensions
+        """
+        if mask is None or self.target_fraction is None:
+            return entropies.mean() - self.target_entropy
+        return (entropies - self.target_fraction * mask.sum(dim=1, keepdim=True).to(entropies.dtype).log()).mean()
+
+    def learn(self, entropies: th.Tensor, learning_rate: float, mask: th.Tensor | None = None) -> None:
         """
         One gradient step of a learned temperature.
 
-        :param entropies: entropies of the current policy in nats, any shape
+        :param entropies: entropies of the current policy in nats, ``(batch_size, 1)``
         :param learning_rate: step size
+        :param mask: valid actions, ``(batch_size, n_actions)``
         """
         update_learning_rate(self.optimizer, learning_rate)
         # J(log_temperature) = log_temperature * (H - H_target), whose gradient is the mean difference
-        self.log_temperature.grad = (entropies.detach().mean() - self.target_entropy).to(self.log_temperature)
+        self.log_temperature.grad = self.excess_entropy(entropies.detach(), mask).to(self.log_temperature)
         self.optimizer.step()
 
     # What compiled updates need: they take the temperature as an input, and learn it themselves

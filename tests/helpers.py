@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.logger import configure
@@ -19,8 +20,21 @@ VALUE_BASED = {key: cls for key, cls in ALGOS.items() if issubclass(cls, ValueBa
 QUICK = dict(learning_starts=20, buffer_size=500, batch_size=16, policy_kwargs=dict(net_arch=[16]), device="cpu", seed=0)
 
 
+# Those whose policy is the softmax of their action values
+SOFTMAX = {key: VALUE_BASED[key] for key in ("softdqn", "sqn", "mdqn", "miqn", "dpp", "cvi")}
+
+
 def make_model(algorithm, env="CartPole-v1", policy="MlpPolicy", **kwargs):
-    """A small model that learns early, and can be told to ``train()`` without ``learn()``."""
+    """
+    A small model that learns early, and can be told to ``train()`` without ``learn()``.
+
+    Where the weight of the entropy is called ``ent_coef``, that is what a ``temperature`` stands for.
+    """
+    if "temperature" in kwargs and not has_parameter(algorithm, "temperature"):
+        value = kwargs.pop("temperature")
+        if callable(value) or str(value).startswith("lin_"):
+            pytest.skip(f"{algorithm.__name__} has no schedules of ent_coef")
+        kwargs["ent_coef"] = value
     model = algorithm(policy, env, **{**QUICK, **kwargs})
     model.set_logger(configure(format_strings=[]))
     return model
@@ -88,7 +102,8 @@ def random_transitions(observation_space, action_space, n_envs, n_rows):
 
 
 def fill_buffer(model, n_rows):
-    """Add random transitions to a model's replay buffer; ``n_rows`` for each environment."""
+    """Add random transitions to a model's replay buffer, all actions valid; ``n_rows`` for each environment."""
+    model.replay_buffer.pending = {name: np.ones_like(array[0]) for name, array in model.replay_buffer.extras.items()}
     for transition in random_transitions(model.observation_space, model.action_space, model.n_envs, n_rows):
         model.replay_buffer.add(*transition)
 

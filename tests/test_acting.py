@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import PLANES, VECTOR, RandomEnv, make_model, sample_batch
+from helpers import PLANES, SOFTMAX, VECTOR, RandomEnv, make_model, sample_batch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_softq import SQN, operators, tabular
+from sb3_softq import CVI, DPP, SQN, operators, tabular
 
 TEMPERATURE = 0.2
 OBSERVATION = np.array([0.5, -1.0, 0.3, 0.8], np.float32)
@@ -28,10 +28,16 @@ SPACES = {
 }
 
 
+@pytest.fixture(params=SOFTMAX.values(), ids=SOFTMAX)
+def softmax_algorithm(request):
+    """Each algorithm whose policy is the softmax of its action values."""
+    return request.param
+
+
 @pytest.fixture
-def model(algorithm):
+def model(softmax_algorithm):
     """A model of four actions whose policy is far from uniform, also between its twins if it has them."""
-    return make_acting(algorithm)
+    return make_acting(softmax_algorithm)
 
 
 def make_acting(algorithm, **kwargs):
@@ -39,7 +45,7 @@ def make_acting(algorithm, **kwargs):
     model = make_model(algorithm, RandomEnv(VECTOR, n_actions=4), **kwargs)
     biases = th.tensor([[0.0, 0.3, 0.1, 0.2], [0.15, 0.2, 0.05, 0.25]])
     for network, bias in zip(getattr(model.q_net, "networks", [model.q_net]), biases, strict=False):
-        network.q_net[-1].bias.data.copy_(bias)
+        (network.head if hasattr(network, "head") else network.q_net)[-1].bias.data.copy_(bias)
     probabilities = model.action_probs(OBSERVATION)
     assert probabilities.min() > 0.01 and probabilities.max() - probabilities.min() > 0.2
     return model
@@ -146,7 +152,8 @@ def test_values_and_probabilities_fit_together(model):
     observations = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     q_values = model.q_values(observations).astype(np.float64)
     np.testing.assert_allclose(model.action_probs(observations), tabular.boltzmann_policy(q_values, TEMPERATURE), rtol=1e-4)
-    np.testing.assert_allclose(model.soft_value(observations), tabular.soft_value(q_values, TEMPERATURE), rtol=1e-4)
+    value = {CVI: tabular.mellowmax, DPP: tabular.boltzmann_value}.get(type(model), tabular.soft_value)
+    np.testing.assert_allclose(model.soft_value(observations), value(q_values, TEMPERATURE), rtol=1e-4)
     assert (model.predict(observations, deterministic=True)[0] == q_values.argmax(axis=1)).all()
     tensor = th.as_tensor(observations)
     np.testing.assert_array_equal(model.policy.q_values(tensor).detach().numpy(), model.q_values(observations))
@@ -161,8 +168,8 @@ def test_twins_act_on_the_smaller_values():
     np.testing.assert_allclose(model.q_values(observations), np.minimum(first, second))
 
 
-def test_without_temperature_it_is_greedy(algorithm):
-    model = make_acting(algorithm, temperature=lambda progress: TEMPERATURE * progress)
+def test_without_temperature_it_is_greedy(softmax_algorithm):
+    model = make_acting(softmax_algorithm, temperature=lambda progress: TEMPERATURE * progress)
     model.temperature_module.update(0.0)
     best = model.q_values(OBSERVATION).argmax()
     np.testing.assert_array_equal(model.action_probs(OBSERVATION), np.eye(4)[best])
@@ -170,8 +177,8 @@ def test_without_temperature_it_is_greedy(algorithm):
     assert_frequencies(model, np.eye(4)[best])
 
 
-def test_current_temperature_is_used(algorithm):
-    model = make_acting(algorithm, temperature=lambda progress: TEMPERATURE * progress)
+def test_current_temperature_is_used(softmax_algorithm):
+    model = make_acting(softmax_algorithm, temperature=lambda progress: TEMPERATURE * progress)
     before = model.action_probs(OBSERVATION)
     model.temperature_module.update(0.5)
     sharper = model.action_probs(OBSERVATION)
@@ -208,32 +215,32 @@ def test_boltzmann_exploration_samples_the_policy(model):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
-def test_epsilon_greedy_exploration(algorithm, epsilon):
-    model = make_acting(algorithm, exploration="eps_greedy")
+def test_epsilon_greedy_exploration(softmax_algorithm, epsilon):
+    model = make_acting(softmax_algorithm, exploration="eps_greedy")
     model.exploration_rate = epsilon
     greedy = np.eye(4)[model.q_values(OBSERVATION).argmax()]
     assert_frequencies(model, (1 - epsilon) * greedy + epsilon / 4)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
-def test_both_explorations(algorithm, epsilon):
-    model = make_acting(algorithm, exploration="boltzmann_eps")
+def test_both_explorations(softmax_algorithm, epsilon):
+    model = make_acting(softmax_algorithm, exploration="boltzmann_eps")
     model.exploration_rate = epsilon
     assert_frequencies(model, (1 - epsilon) * model.action_probs(OBSERVATION) + epsilon / 4)
 
 
 @pytest.mark.parametrize("exploration", ["boltzmann", "eps_greedy", "boltzmann_eps"])
-def test_deterministic_actions_are_the_best(algorithm, exploration):
-    model = make_acting(algorithm, exploration=exploration)
+def test_deterministic_actions_are_the_best(softmax_algorithm, exploration):
+    model = make_acting(softmax_algorithm, exploration=exploration)
     model.exploration_rate = 1.0
     observed, _ = frequencies(model, n=100, deterministic=True)
     np.testing.assert_array_equal(observed, np.eye(4)[model.q_values(OBSERVATION).argmax()])
 
 
 @pytest.mark.parametrize("exploration", ["boltzmann", "eps_greedy", "boltzmann_eps"])
-def test_environments_explore_independently(algorithm, exploration):
+def test_environments_explore_independently(softmax_algorithm, exploration):
     # Two environments with the same observation, asked often: the joint frequencies are the products of their own
-    model = make_acting(algorithm, exploration=exploration)
+    model = make_acting(softmax_algorithm, exploration=exploration)
     model.exploration_rate, n = 0.5, 4000
     set_random_seed(0)
     pairs = np.array([model.predict(np.stack([OBSERVATION, OBSERVATION]))[0] for _ in range(n)])

@@ -74,6 +74,9 @@ BAD_ARGUMENTS = [
     ("gradient_steps", -2, ValueError, "gradient_steps must be at least -1, not -2"),
     ("gradient_steps", 1.5, TypeError, "gradient_steps must be a whole number, not 1.5"),
     ("n_steps", 0, ValueError, "n_steps must be at least 1, not 0"),
+    ("factorisation", "product", ValueError, r"factorisation must be one of \['sum', 'independent'\], not 'product'"),
+    ("n_step_bonus", 1, TypeError, "n_step_bonus must be True or False, not 1"),
+    ("tree_backup", None, TypeError, "tree_backup must be True or False, not None"),
     ("n_steps", 3.0, TypeError, "n_steps must be a whole number, not 3.0"),
     ("target_update_interval", 0, ValueError, "target_update_interval must be at least 1, not 0"),
     ("target_update_interval", True, TypeError, "target_update_interval must be a whole number, not True"),
@@ -135,16 +138,6 @@ def test_fixed_temperature_in_place_of_a_saved_learned_one(saved_models):
                 algorithm.load(path, device="cpu", temperature=0.1)
 
 
-def test_n_step_returns_where_sb3_has_none(algorithm):
-    n_steps = r"n_steps=3 needs observations that are no Dict and optimize_memory_usage=False"
-    with pytest.raises(ValueError, match=n_steps):
-        make_model(algorithm, RandomEnv(spaces.Dict(a=VECTOR)), "MultiInputPolicy", n_steps=3)
-    with pytest.raises(ValueError, match=n_steps):
-        make_model(
-            algorithm, n_steps=3, optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)
-        )
-
-
 # ---------------------------------------------------------------------- spaces
 
 MLP, CNN, MULTI = "MlpPolicy", "CnnPolicy", "MultiInputPolicy"
@@ -178,10 +171,9 @@ def test_policy_class_that_cannot_read_the_observations(algorithm, observation_s
 @pytest.mark.parametrize(
     ("action_space", "message"),
     [
-        (spaces.Box(-1.0, 1.0, (2,), np.float32), "takes Discrete actions, not action_space=Box.*actor-critic.*SAC"),
-        (spaces.MultiDiscrete([2, 3]), "takes Discrete actions, not action_space=MultiDiscrete"),
-        (spaces.MultiBinary(3), "takes Discrete actions, not action_space=MultiBinary"),
-        (spaces.Discrete(3, start=1), r"takes Discrete actions.* 0.*action_space=Discrete\(3, start=1\)"),
+        (spaces.Box(-1.0, 1.0, (2,), np.float32), "takes Discrete, MultiDiscrete or MultiBinary.* not action_space=Box.*SAC"),
+        (spaces.Discrete(3, start=1), r"must start at 0, not as in action_space=Discrete\(3, start=1\)"),
+        (spaces.MultiDiscrete([2, 3], start=[0, 1]), "must start at 0, not as in action_space=MultiDiscrete"),
     ],
 )
 def test_actions_that_the_algorithm_cannot_take(algorithm, action_space, message):

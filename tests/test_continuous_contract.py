@@ -28,7 +28,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from torch import nn
 
 from sb3_softq import MPO, RERPI, MunchausenSAC, SoftQLearning, replay
-from sb3_softq.actor_critic.sequences import SequenceReplayBuffer
 
 MLP, CNN, MULTI = "MlpPolicy", "CnnPolicy", "MultiInputPolicy"
 
@@ -483,15 +482,6 @@ def test_loading_allocates_no_storage(algorithm, tmp_path):
     assert model.replay_buffer.capacity == replay.MINIMUM_CAPACITY
     loaded = save_and_load(model, tmp_path)
     assert loaded.replay_buffer.capacity == 1 and loaded.replay_buffer.buffer_size == 1_000_000
-
-
-def test_the_buffer_of_sequences_grows_with_what_it_stores():
-    model = make_model(MPO, BoxEnv(), buffer_size=3000, retrace=True, n_steps=3, gradient_steps=0)
-    model.learn(1500)
-    buffer = model.replay_buffer
-    assert isinstance(buffer, SequenceReplayBuffer)
-    assert len(buffer.log_probs) == len(buffer.drawn_actions) == len(buffer.rewards) == 2048
-    assert (buffer.log_probs[:1500] != 0).all()
 
 
 @pytest.mark.parametrize("how", ["save", "deepcopy", "pickle"])

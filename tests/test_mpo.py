@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch as th
 from continuous import BoxEnv, box_actions, fill_scaled, make_filled
-from gymnasium import spaces
 from helpers import VECTOR, RandomEnv, assert_same, is_same, make_model, snapshot
 from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from sb3_softq import MPO, RERPI, DivergenceError, losses
-from sb3_softq.actor_critic.sequences import SequenceReplayBuffer
+from sb3_softq.actor_critic.mpo import PolicyEvaluation
 
 BATCH, SAMPLES, DIM = 5, 7, 3
 
@@ -255,7 +255,7 @@ def slow_retrace(rewards, discounts, q_values, next_values, log_ratios, valid):
         result, factor = float(q_values[i, 0]), 1.0
         for t in range(rewards.shape[1]):
             if t > 0:
-                factor *= float(discounts[i, t - 1]) * min(1.0, math.exp(float(log_ratios[i, t])))
+                factor *= float(discounts[i, t - 1]) * min(1.0, math.exp(float(log_ratios[i, t - 1])))
             if not valid[i, t]:
                 break
             result += factor * float(rewards[i, t] + discounts[i, t] * next_values[i, t] - q_values[i, t])
@@ -269,7 +269,7 @@ def sequences(n_steps=4, batch_size=50):
     valid = (th.arange(n_steps) < lengths).double()
     discounts = th.full_like(valid, 0.9)
     discounts[::3, n_steps // 2] = 0.0
-    return tensors[0], discounts, tensors[1], tensors[2], tensors[3], valid
+    return tensors[0], discounts, tensors[1], tensors[2], tensors[3][:, 1:], valid
 
 
 def test_retrace_against_a_plain_loop():
@@ -292,57 +292,6 @@ def test_retrace_on_policy_telescopes_to_the_n_step_return():
     expected = (factors * rewards).sum(dim=1, keepdim=True) + 0.9**4 * next_values[:, -1:]
     result = losses.retrace(rewards, discounts, q_values, next_values, log_ratios.abs(), valid)
     th.testing.assert_close(result, expected)
-
-
-# ---------------------------------------------------------------------- sequences of the replay buffer
-
-
-def count_up(buffer, n_rows, n_envs, episode=7, time_limit=0.0):
-    """Transitions whose observations are their numbers."""
-    for i in range(n_rows):
-        value = np.full((n_envs, 1), i, np.float32) + 1000 * np.arange(n_envs)[:, None]
-        done = np.full(n_envs, float(i % episode == episode - 1))
-        infos = [
-            {
-                "drawn_action": np.repeat(value[e] * 2, 2),
-                "log_prob": i / 10,
-                "TimeLimit.truncated": bool(done[e] and time_limit),
-            }
-            for e in range(n_envs)
-        ]
-        buffer.add(value, value + 1, np.zeros((n_envs, 2), np.float32) + value, value[:, 0], done, infos)
-
-
-@pytest.mark.parametrize("n_envs", [1, 3])
-@pytest.mark.parametrize("n_rows", [5, 20, 33])
-def test_sequences_are_of_one_episode(n_envs, n_rows):
-    space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    buffer = SequenceReplayBuffer(20 * n_envs, space, box_actions(2), device="cpu", n_envs=n_envs, n_steps=4)
-    count_up(buffer, n_rows, n_envs)
-    samples = buffer.sample(500)
-    observations = samples.observations.reshape(500, 4)
-    assert samples.next_observations.shape == (2000, 1) and samples.actions.shape == (500, 4, 2)
-    assert bool((samples.valid[:, 0] == 1).all()) and bool((samples.valid.diff(dim=1) <= 0).all())
-    first = observations[:, :1]
-    rows = first % 1000
-    steps = th.arange(4.0)
-    # Valid to the end of the episode, or of what is stored
-    n_left = th.minimum(7 - rows % 7, n_rows - rows)
-    th.testing.assert_close(samples.valid, (steps < n_left).float())
-    valid = samples.valid > 0
-    assert bool((observations == first + steps)[valid].all())
-    assert bool((samples.rewards == observations)[valid].all())
-    assert bool((samples.drawn_actions[..., 0] == 2 * observations)[valid].all())
-    th.testing.assert_close(samples.log_probs[valid], (observations % 1000 / 10)[valid])
-    assert bool((samples.dones[valid] == (observations % 1000 % 7 == 6)[valid]).all())
-
-
-def test_time_limits_end_a_sequence_and_are_no_terminations():
-    space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    buffer = SequenceReplayBuffer(50, space, box_actions(2), device="cpu", n_steps=4)
-    count_up(buffer, 30, 1, time_limit=1.0)
-    samples = buffer.sample(300)
-    assert not samples.dones.any() and not bool(samples.valid.all())
 
 
 # ---------------------------------------------------------------------- agents
@@ -474,7 +423,7 @@ def test_log_probabilities_are_those_of_the_behaviour(env):
     model.learn(40)
     buffer = model.replay_buffer
     observations = th.as_tensor(buffer.observations[:40, 0])
-    drawn = th.as_tensor(buffer.drawn_actions[:40, 0])
+    drawn = th.as_tensor(buffer.extras["drawn_actions"][:40, 0])
     with th.no_grad():
         policy = model.policy.actor(observations)
         if isinstance(env, BoxEnv):
@@ -483,26 +432,47 @@ def test_log_probabilities_are_those_of_the_behaviour(env):
             np.testing.assert_allclose(buffer.actions[:40, 0], drawn.clamp(-1, 1), atol=1e-6)
             assert (drawn.abs() > 1).any()
         else:
-            expected = policy.gather(1, drawn.long())[:, 0]
+            expected = policy.gather(1, drawn.long().unsqueeze(1))[:, 0]
             warm_up = -math.log(3)
-    np.testing.assert_allclose(buffer.log_probs[:10, 0], warm_up, rtol=1e-6)
-    np.testing.assert_allclose(buffer.log_probs[10:40, 0], expected[10:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(buffer.extras["log_probs"][:10, 0], warm_up, rtol=1e-6)
+    np.testing.assert_allclose(buffer.extras["log_probs"][10:40, 0], expected[10:], rtol=1e-4, atol=1e-5)
 
 
 def test_retrace_targets_by_the_plain_loop():
-    model = make_model(MPO, BoxEnv(), retrace=True, n_steps=3, gradient_steps=0)
+    # From the transitions in the order in which they were stored: episodes of ten steps, every second one cut
+    env = DummyVecEnv([lambda: BoxEnv(truncate=True)])
+    model = make_model(MPO, env, retrace=True, n_steps=4, gradient_steps=0, n_action_samples=2)
     model.learn(60)
-    data = model.replay_buffer.sample(16)
+    buffer = model.replay_buffer
+    buffer.timeouts[9::20] = 0
+    rows = np.arange(60)
+    data = buffer._get_samples(rows)
+    observations, next_observations = th.as_tensor(buffer.observations[:60, 0]), th.as_tensor(buffer.next_observations[:60, 0])
+
+    def evaluate(states):
+        """Without randomness, the value that stands for the mean over sampled actions."""
+        policy = model.policy.actor_target(states)
+        values = th.min(*model.policy.critic_target(states, policy[0].clamp(-1, 1)))
+        return PolicyEvaluation(policy, None, values, values)
+
+    model._evaluate = evaluate
     with th.no_grad():
-        evaluation = model._evaluate(data.next_observations)
-        targets = model._compute_targets(data, evaluation)
-        q_values = th.min(*model.policy.critic_target(data.observations, data.actions.flatten(0, 1))).reshape(16, 3)
-        mean, scale = model.policy.actor_target(data.observations)
-        log_probs = Normal(mean, scale).log_prob(data.drawn_actions.flatten(0, 1)).sum(dim=1).reshape(16, 3)
-    discounts = 0.99 * (1 - data.dones)
-    values = evaluation.values.reshape(16, 3)
-    expected = slow_retrace(data.rewards, discounts, q_values, values, log_probs - data.log_probs, data.valid)
-    th.testing.assert_close(targets.double(), expected, atol=1e-4, rtol=1e-4)
+        targets = model._compute_targets(data, evaluate(data.next_observations))
+        q_values = th.min(*model.policy.critic_target(observations, th.as_tensor(buffer.actions[:60, 0])))[:, 0]
+        mean, scale = model.policy.actor_target(observations)
+        drawn = th.as_tensor(buffer.extras["drawn_actions"][:60, 0])
+        log_ratios = Normal(mean, scale).log_prob(drawn).sum(dim=1) - th.as_tensor(buffer.extras["log_probs"][:60, 0])
+        next_values = evaluate(next_observations).values[:, 0]
+    for i in range(60):
+        # Up to the end of the episode, or of what is stored
+        length = min(4, 10 - i % 10)
+        segment = slice(i, i + length)
+        terminated = [float(row % 10 == 9 and row % 20 == 9) for row in range(i, i + length)]
+        discounts = 0.99 * (1 - th.tensor(terminated))
+        rewards = th.as_tensor(buffer.rewards[segment, 0])
+        arguments = [rewards, discounts, q_values[segment], next_values[segment], log_ratios[segment][1:], th.ones(length)]
+        expected = slow_retrace(*[argument.unsqueeze(0) for argument in arguments])
+        assert float(targets[i]) == pytest.approx(float(expected), abs=1e-4), i
 
 
 def test_an_untrained_policy_has_its_standard_deviation():

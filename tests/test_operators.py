@@ -694,6 +694,8 @@ def test_wrong_shapes_of_transitions_are_refused():
     for wrong in range(3):
         arguments = [column, column, column]
         for bad in (column[:, 0], q_values, column[:1]):
+            if wrong == 2 and bad is q_values:
+                continue  # quantiles of the next state
             arguments[wrong] = bad
             with pytest.raises(AssertionError, match="must be"):
                 operators.bellman_target(arguments[0], arguments[1], 0.9, arguments[2])

@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.utils import set_random_seed
 
 from sb3_softq import replay
-from sb3_softq.replay import GrowingDictReplayBuffer, GrowingNStepReplayBuffer, GrowingReplayBuffer
+from sb3_softq.replay import GrowingDictReplayBuffer, GrowingReplayBuffer
 
 ACTIONS = spaces.Discrete(3)
 DICT = spaces.Dict(vector=VECTOR, number=spaces.Discrete(4), planes=PLANES)
@@ -28,7 +28,7 @@ BUFFERS = {
         dict(optimize_memory_usage=True, handle_timeout_termination=False),
     ),
     "dict": (GrowingDictReplayBuffer, DictReplayBuffer, DICT, {}),
-    "n-step": (GrowingNStepReplayBuffer, NStepReplayBuffer, VECTOR, dict(n_steps=3, gamma=0.9)),
+    "n-step": (GrowingReplayBuffer, NStepReplayBuffer, VECTOR, dict(n_steps=3, gamma=0.9)),
 }
 
 

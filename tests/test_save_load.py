@@ -20,7 +20,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import set_random_seed
 
 from sb3_softq import SQN, replay
-from sb3_softq.replay import GrowingNStepReplayBuffer
+from sb3_softq.replay import GrowingReplayBuffer
 
 # Everything moves in few steps
 LIVELY = dict(tau=0.3, target_update_interval=1, learning_rate=0.01, exploration="boltzmann_eps")
@@ -264,11 +264,30 @@ ARGUMENTS = dict(
     replay_buffer_kwargs=dict(handle_timeout_termination=False),
     optimize_memory_usage=True,
     n_steps=1,
+    n_step_bonus=False,
+    tree_backup=True,
+    factorisation="independent",
     temperature="lin_0.4",
     target_entropy="auto_0.3",
     double_q=True,
     munchausen_alpha=0.6,
     munchausen_clip=-math.inf,
+    n_quantiles=5,
+    n_target_quantiles=6,
+    n_policy_quantiles=7,
+    operator="logsumexp",
+    gap_clip=-2.0,
+    preference_clip=50.0,
+    parametrisation="q",
+    momentum="inverse_time_3",
+    averaged="targets",
+    kl_coef=0.2,
+    ent_coef=0.1,
+    greedy_step="direct",
+    regularised_evaluation=False,
+    entropy_penalty=0.0,
+    average_q=True,
+    q_clip=0.5,
     target_update_interval=11,
     exploration="boltzmann_eps",
     exploration_fraction=0.3,
@@ -341,7 +360,7 @@ def test_arguments_of_the_buffer_are_kept_with_n_step_returns(algorithm, tmp_pat
     assert passed == dict(handle_timeout_termination=False), "the next model may be built from the same dict"
     assert model.replay_buffer_kwargs == passed and model.replay_buffer_class is None
     loaded = save_and_load(model, tmp_path)
-    assert isinstance(loaded.replay_buffer, GrowingNStepReplayBuffer)
+    assert isinstance(loaded.replay_buffer, GrowingReplayBuffer)
     assert (loaded.replay_buffer.n_steps, loaded.replay_buffer.gamma) == (3, 0.9)
     assert not loaded.replay_buffer.handle_timeout_termination
 

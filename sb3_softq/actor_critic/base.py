@@ -25,7 +25,7 @@ class ActorCriticAlgorithm(RegularisedAlgorithm):
 
     # Action spaces, and what to say to those who come with others
     action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = (spaces.Box,)
-    other_actions: ClassVar[str] = "for Discrete actions use MPO, or a value-based algorithm such as SQN"
+    other_actions: ClassVar[str] = "for Discrete actions use MPO or SACDiscrete"
 
     target_update_interval: int
     max_grad_norm: float = math.inf

@@ -12,12 +12,13 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from sb3_softq import losses
 from sb3_softq.actor_critic.base import ActorCriticAlgorithm
 from sb3_softq.actor_critic.policies import CnnMPOPolicy, MPOPolicy, MultiInputMPOPolicy, sampled_q_values
-from sb3_softq.actor_critic.sequences import SequenceReplayBuffer, SequenceSamples
 from sb3_softq.checks import check_bool, check_integer, check_number
+from sb3_softq.replay import GrowingStorage
 
 # Logs of the multipliers stay between these
 LOG_MULTIPLIER_RANGE = (-18.0, 18.0)
@@ -229,14 +230,12 @@ class MPO(ActorCriticAlgorithm):
             )
 
     def _check_retrace(self) -> None:
-        if isinstance(self.observation_space, spaces.Dict) or self.optimize_memory_usage:
-            raise ValueError("retrace=True needs observations that are no Dict and optimize_memory_usage=False")
         if self.action_noise is not None:
             raise ValueError("retrace=True needs the log-probabilities of actions, which action_noise changes: pass None")
-        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, SequenceReplayBuffer):
+        if self.replay_buffer_class is not None:
             raise ValueError(
-                f"retrace=True needs a SequenceReplayBuffer, not replay_buffer_class={self.replay_buffer_class.__name__}: "
-                "pass None"
+                f"retrace=True needs this package's replay buffer, not {self.replay_buffer_class.__name__}: "
+                "pass replay_buffer_class=None"
             )
 
     def _setup_model(self) -> None:
@@ -253,18 +252,14 @@ class MPO(ActorCriticAlgorithm):
         n = int(np.prod(self.action_space.shape)) if self.per_dimension_kl else 1  # type: ignore[arg-type]
         return {**initial, "alpha_mean": (self.init_alpha, n), "alpha_covariance": (self.init_alpha, n)}
 
-    def _make_replay_buffer(self) -> ReplayBuffer:
-        if not self.retrace:
-            return super()._make_replay_buffer()
-        return SequenceReplayBuffer(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=self.n_envs,
-            n_steps=self.n_steps,
-            **self.replay_buffer_kwargs,
-        )
+    def _storage_options(self) -> dict[str, Any]:
+        options = super()._storage_options()
+        if self.retrace:
+            shape = () if self.is_discrete else (int(np.prod(self.action_space.shape)),)  # type: ignore[arg-type]
+            # Actions before they were clipped to their range, and their log-probabilities
+            extra_fields = {"drawn_actions": (shape, np.float32), "log_probs": ((), np.float32)}
+            options.update(keep_steps=True, extra_fields=extra_fields)
+        return options
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "multipliers", "_drawn"]
@@ -281,10 +276,19 @@ class MPO(ActorCriticAlgorithm):
             return super()._sample_action(learning_starts, action_noise, n_envs)
         if self.num_timesteps < learning_starts:
             actions, buffer_actions = super()._sample_action(learning_starts, action_noise, n_envs)
-            n_dims = 0 if self.is_discrete else buffer_actions[0].size
-            log_prob = -math.log(self.action_space.n) if self.is_discrete else -n_dims * math.log(2)  # type: ignore[attr-defined]
-            self._drawn = buffer_actions, np.full(n_envs, log_prob)
-            return actions, buffer_actions
+            # Uniform over the actions, or over the cube that they are scaled to
+            log_volume = math.log(self.action_space.n) if self.is_discrete else buffer_actions[0].size * math.log(2)  # type: ignore[attr-defined]
+            drawn, log_probs = buffer_actions, np.full(n_envs, -log_volume)
+        else:
+            drawn, log_probs = self._draw(n_envs)
+            buffer_actions = drawn if self.is_discrete else drawn.clip(-1, 1)
+            actions = drawn if self.is_discrete else self.policy.unscale_action(buffer_actions)
+        flat = drawn.reshape(n_envs) if self.is_discrete else drawn.reshape(n_envs, -1)
+        self._drawn = {"drawn_actions": flat, "log_probs": log_probs}
+        return actions, buffer_actions
+
+    def _draw(self, n_envs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Actions of the policy for the last observations, before they are clipped, and their log-probabilities."""
         assert self._last_obs is not None
         with th.no_grad():
             policy = self.policy.actor(self.policy.obs_to_tensor(self._last_obs)[0])
@@ -294,12 +298,8 @@ class MPO(ActorCriticAlgorithm):
             else:
                 drawn = losses.gaussian_sample(policy[0], policy[1], 1)
                 log_probs = losses.gaussian_log_prob(drawn, *policy)
-        drawn_actions = drawn.cpu().numpy().reshape(n_envs, *self.action_space.shape)  # type: ignore[misc]
-        self._drawn = drawn_actions, log_probs.flatten().cpu().numpy()
-        if self.is_discrete:
-            return drawn_actions, drawn_actions
-        buffer_actions = drawn_actions.clip(-1, 1)
-        return self.policy.unscale_action(buffer_actions), buffer_actions
+        shape = (n_envs, *self.action_space.shape)  # type: ignore[misc]
+        return drawn.cpu().numpy().reshape(shape), log_probs.flatten().cpu().numpy()
 
     def _store_transition(
         self,
@@ -311,8 +311,8 @@ class MPO(ActorCriticAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         if self.retrace:
-            pairs = zip(infos, *self._drawn, strict=True)
-            infos = [{**info, "drawn_action": action, "log_prob": log_prob} for info, action, log_prob in pairs]
+            assert isinstance(replay_buffer, GrowingStorage)
+            replay_buffer.pending = self._drawn
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     # ------------------------------------------------------------------ learning
@@ -324,8 +324,8 @@ class MPO(ActorCriticAlgorithm):
         with th.no_grad():
             evaluation = self._evaluate(replay_data.next_observations)
             targets = self._compute_targets(replay_data, evaluation)
-        observations, actions = self._first_steps(replay_data)
-        current_q_values = self._q_values_of(self.policy.critic, observations, actions)  # (n_critics, batch_size, 1)
+        # (n_critics, batch_size, 1)
+        current_q_values = self._q_values_of(self.policy.critic, replay_data.observations, replay_data.actions)
         critic_loss = 0.5 * F.mse_loss(current_q_values, targets.expand_as(current_q_values)) * len(current_q_values)
         actor_loss, dual_loss, metrics = self._improve(replay_data.next_observations, evaluation)
 
@@ -366,40 +366,43 @@ class MPO(ActorCriticAlgorithm):
             return q_values.gather(2, actions.expand(len(q_values), -1, -1))
         return th.stack(critic(observations, actions))
 
+    def _log_probs_of(self, policy: Any, actions: th.Tensor) -> th.Tensor:
+        """Log-probabilities of taken actions, ``(batch_size, 1)``."""
+        if self.is_discrete:
+            return policy.gather(1, actions.long().reshape(-1, 1))
+        return losses.gaussian_log_prob(actions.unsqueeze(1), *policy)
+
     def _compute_targets(self, replay_data: Any, evaluation: PolicyEvaluation) -> th.Tensor:
         """
         Regression targets of the taken actions; called without gradients.
 
-        :param replay_data: a minibatch, of transitions or of sequences
+        :param replay_data: a minibatch
         :param evaluation: of the next states
         :return: ``(batch_size, 1)``
         """
-        if not isinstance(replay_data, SequenceSamples):
+        steps = getattr(replay_data, "steps", None)
+        if steps is None:
             # r + gamma * E_pi Q(s', .)
             return self._bellman_target(replay_data, evaluation.values)
-        shape = replay_data.rewards.shape
-        actions = replay_data.actions.flatten(0, 1)
-        q_values = self._q_values_of(self.policy.critic_target, replay_data.observations, actions).amin(dim=0)
-        policy = self.policy.actor_target(replay_data.observations)
-        if self.is_discrete:
-            log_probs = policy.gather(1, actions)
-        else:
-            log_probs = losses.gaussian_log_prob(replay_data.drawn_actions.flatten(0, 1).unsqueeze(1), *policy)
+        batch_size, n_steps = steps["rewards"].shape
+        observations = tree_map(lambda tensor: tensor.flatten(0, 1), steps["observations"])
+        later = self._evaluate(observations)
+        log_ratios = self._log_probs_of(later.policy, steps["drawn_actions"].flatten(0, 1))
+        log_ratios = log_ratios.reshape(batch_size, -1) - steps["log_probs"]
+        critic = self.policy.critic_target
+        q_values = self._q_values_of(critic, replay_data.observations, replay_data.actions).amin(dim=0)
+        later_q_values = self._q_values_of(critic, observations, steps["actions"].flatten(0, 1)).amin(dim=0)
+        # The state after a step is that of the next one, and after the last step of the segment the next state
+        is_last = F.one_hot(steps["valid"].sum(dim=1) - 1, n_steps)
+        next_values = F.pad(later.values.reshape(batch_size, -1), (0, 1)) * (1 - is_last) + evaluation.values * is_last
         return losses.retrace(
-            replay_data.rewards,
-            self.gamma * (1 - replay_data.dones),
-            q_values.reshape(shape),
-            evaluation.values.reshape(shape),
-            log_probs.reshape(shape) - replay_data.log_probs,
-            replay_data.valid,
+            steps["rewards"],
+            self.gamma * (1 - replay_data.dones * is_last),
+            th.cat([q_values, later_q_values.reshape(batch_size, -1)], dim=1),
+            next_values,
+            log_ratios,
+            steps["valid"].to(q_values.dtype),
         )
-
-    def _first_steps(self, replay_data: Any) -> tuple[Any, th.Tensor]:
-        """Observations and actions that the targets are for: of sequences, the first ones."""
-        if not isinstance(replay_data, SequenceSamples):
-            return replay_data.observations, replay_data.actions
-        n_steps = replay_data.rewards.shape[1]
-        return replay_data.observations[::n_steps], replay_data.actions[:, 0]
 
     # A better policy, near the old one
 

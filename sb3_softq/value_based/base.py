@@ -6,14 +6,26 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import LinearSchedule, get_parameters_by_name, polyak_update
+from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from sb3_softq import operators
+from sb3_softq.actions import (
+    DISCRETE_SPACES,
+    ActionLayout,
+    TerminalActionMasks,
+    action_masks,
+    check_mask,
+    check_valid,
+    has_action_masks,
+)
 from sb3_softq.checks import check_bool, check_choice, check_integer, check_number
 from sb3_softq.compiled import CompiledTraining
 from sb3_softq.diagnostics import find_divergence, policy_statistics
@@ -21,6 +33,7 @@ from sb3_softq.flat import FlatUpdater, Updater
 from sb3_softq.off_policy import RegularisedAlgorithm
 from sb3_softq.replay import GrowingStorage, split_samples
 from sb3_softq.temperature import Temperature
+from sb3_softq.value_based.n_step import concatenate, n_step_targets
 from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QNetwork, QPolicy, is_vector_space
 
 # Memory of the minibatches that are sampled at once: a few of Atari's, hundreds of a classic control task's
@@ -30,24 +43,37 @@ CHUNK_BYTES = 2**23
 REPORT_INTERVAL = 16
 
 EXPLORATIONS = ("boltzmann", "eps_greedy", "boltzmann_eps")
+FACTORISATIONS = ("sum", "independent")
 
 
 class ValueBasedAlgorithm(RegularisedAlgorithm):
     """
     Base of the algorithms that learn action values and act on them.
 
-    An algorithm is its :meth:`_compute_targets`, and :meth:`_compute_loss` where it differs. This class owns the rest:
-    sampling, the optimiser step, gradient clipping, target networks, exploration, logging, the guard against divergence
-    and saving.
+    They share one target,
+
+        ``r + bonus(s, a) + gamma * (1 - done) * V(s')``,
+
+    and an algorithm is its :meth:`_value`, with :meth:`_bonus`, :meth:`_estimates` and :meth:`_compute_loss` where it has a
+    bonus, other networks or another loss. This class owns the rest: n-step returns, heads of actions, masks, sampling, the
+    optimiser step, gradient clipping, target networks, exploration, logging, the guard against divergence and saving.
+
+    If the environment has a method ``action_masks()``, as sb3-contrib's MaskablePPO expects it, only valid actions are
+    taken and enter the targets.
 
     Parameters not described here are those of :class:`stable_baselines3.DQN`.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a policy class
-    :param env: the environment, with a Discrete action space (a registered name works too)
+    :param env: the environment, with a Discrete, MultiDiscrete or MultiBinary action space (a registered name works too)
     :param buffer_size: number of transitions to keep; storage grows as it fills
     :param tau: Polyak coefficient of the target network's update (1 copies), not a temperature
-    :param n_steps: length of the returns. The rewards are summed; the bonuses of the regularisation enter at the first
-        step and the bootstrap only, as in the published codes
+    :param n_steps: length of the returns
+    :param n_step_bonus: whether the steps within an n-step return carry the entropy and the bonus that belong to them, or,
+        as in the published codes and in SB3, only their reward
+    :param tree_backup: whether n-step returns are corrected for actions that the current policy would not have taken, by
+        its probabilities (tree backup, Precup et al. 2000); includes ``n_step_bonus``
+    :param factorisation: of actions with several heads (MultiDiscrete, MultiBinary): ``"sum"``, the action value is the sum of
+        the heads' values, or ``"independent"``, each head is an agent of its own with the same reward
     :param temperature: weight of the entropy in the unit of the rewards: a number, a schedule as rl-zoo3 writes it
         (``"lin_0.1"`` falls linearly to 0), or a callable of the remaining progress
     :param target_update_interval: environment steps between two updates of the target network
@@ -96,6 +122,8 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
+        n_step_bonus: bool = True,
+        tree_backup: bool = False,
         temperature: float | str | Schedule = 0.03,
         target_update_interval: int = 10_000,
         exploration: str = "boltzmann",
@@ -103,6 +131,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
         max_grad_norm: float = 10,
+        factorisation: str = "sum",
         torch_compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -146,6 +175,9 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         self.exploration_final_eps = exploration_final_eps
         self.max_grad_norm = max_grad_norm
         self.torch_compile = torch_compile
+        self.n_step_bonus = n_step_bonus
+        self.tree_backup = tree_backup
+        self.factorisation = factorisation
         # "epsilon" for the epsilon-greedy exploration
         self.exploration_rate = 0.0
         # Calls of env.step(), for the target network's updates
@@ -155,13 +187,12 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
     def _check_arguments(self) -> None:
         """Raise for what the algorithm cannot use. Called whenever the model is set up, also after loading."""
-        if not isinstance(self.action_space, spaces.Discrete):
+        if not isinstance(self.action_space, DISCRETE_SPACES):
             raise ValueError(
-                f"{type(self).__name__} takes Discrete actions, not action_space={self.action_space}: "
-                "for Box actions use an actor-critic algorithm, such as stable_baselines3.SAC"
+                f"{type(self).__name__} takes Discrete, MultiDiscrete or MultiBinary actions, not action_space="
+                f"{self.action_space}: for Box actions use an actor-critic algorithm, such as stable_baselines3.SAC"
             )
-        if self.action_space.start != 0:
-            raise ValueError(f"{type(self).__name__} takes Discrete actions from 0 on, not action_space={self.action_space}")
+        ActionLayout(self.action_space)
         super()._check_arguments()
         check_integer("target_update_interval", self.target_update_interval, 1)
         check_choice("exploration", self.exploration, EXPLORATIONS)
@@ -169,6 +200,9 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         check_number("exploration_initial_eps", self.exploration_initial_eps, 0, 1)
         check_number("exploration_final_eps", self.exploration_final_eps, 0, 1)
         check_bool("torch_compile", self.torch_compile)
+        check_bool("n_step_bonus", self.n_step_bonus)
+        check_bool("tree_backup", self.tree_backup)
+        check_choice("factorisation", self.factorisation, FACTORISATIONS)
         check_number("max_grad_norm", self.max_grad_norm, positive=True, finite=False)
         if self.exploration == "boltzmann" and not isinstance(self.temperature, str) and self.temperature == 0:
             raise ValueError(
@@ -177,6 +211,10 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             )
 
     def _setup_model(self) -> None:
+        self._masking = has_action_masks(self.env)
+        self._masks: np.ndarray | None = None
+        self._check_arguments()
+        self.layout = ActionLayout(self.action_space)
         super()._setup_model()
         self._create_aliases()
         self._updater: Updater | None = None
@@ -192,14 +230,31 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         self.exploration_schedule = LinearSchedule(
             self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
         )
-        self.temperature_module = Temperature(
-            self.temperature,
-            self.target_entropy,
-            int(self.action_space.n),  # type: ignore[attr-defined]
-            self.lr_schedule(1),
-            learnable=self.learns_temperature,
-        ).to(self.device)
+        self.temperature_module = self._make_temperature().to(self.device)
         self.temperature_module.update(self._current_progress_remaining)
+
+    def _make_temperature(self) -> Temperature:
+        sizes = self.layout.sizes
+        return Temperature(
+            self.temperature, self.target_entropy, sizes, self.lr_schedule(1), learnable=self.learns_temperature
+        )
+
+    def _storage_options(self) -> dict[str, Any]:
+        keep_steps = self.n_step_bonus or self.tree_backup
+        return dict(super()._storage_options(), keep_steps=keep_steps, extra_fields=self._extra_fields())
+
+    def _extra_fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """What is stored beside each transition: name -> (shape, dtype). :meth:`_pending` gives it."""
+        if not self._masking:
+            return {}
+        n_values = self.layout.n_values
+        return {name: ((n_values,), "bool") for name in ("action_masks", "next_action_masks")}
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        if not isinstance(env, VecEnv) and has_action_masks(env):
+            env = TerminalActionMasks(env)
+        return OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _create_aliases(self) -> None:
         self.q_net = self.policy.q_net  # type: ignore[assignment]
@@ -208,6 +263,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         derived = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target", "exploration_schedule"]
         derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report", "_compiled"]
+        derived += ["layout", "_masking", "_masks", "_extra_names"]
         return [*super()._excluded_save_params(), *derived]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -236,6 +292,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
         Actions for observations: the best ones, or, if not ``deterministic``, as the agent explores.
@@ -244,20 +301,47 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         :param state: not used, for recurrent policies
         :param episode_start: not used, for recurrent policies
         :param deterministic: whether to take the action of the highest value
+        :param action_masks: which actions are valid, ``(n_actions,)`` or ``(n_envs, n_actions)`` (of several heads: one after
+            the other), as for sb3-contrib's MaskablePPO; None for all
         :return: the actions, and ``state`` as it came
         """
-        q_values, vectorized_env = self._act_on(observation)
+        values, vectorized_env = self._act_on(observation, self.policy.acting_values)
+        rows, mask = self._acting_rows(values, action_masks)
         if deterministic or self.exploration == "eps_greedy":
-            actions = q_values.argmax(dim=1).cpu().numpy()
+            actions = self.layout.to_env(self._greedy(rows, mask))
         else:
-            actions = self._sample_policy(q_values).cpu().numpy()
+            actions = self.layout.to_env(self._sample_policy(rows, mask))
         if not deterministic and self.exploration != "boltzmann":
-            for i in np.flatnonzero(np.random.rand(len(actions)) < self.exploration_rate):
-                actions[i] = self.action_space.sample()
+            exploring = np.flatnonzero(np.random.rand(len(actions)) < self.exploration_rate)
+            if action_masks is None:
+                for i in exploring:
+                    actions[i] = self.action_space.sample()
+            elif len(exploring) > 0:
+                actions[exploring] = self._random_actions(mask)[exploring]
         return (actions if vectorized_env else actions.squeeze(axis=0)), state
 
-    def _act_on(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[th.Tensor, bool]:
-        """Action values of observations, without gradients, and whether there was a dimension for the environments."""
+    def _acting_rows(self, values: th.Tensor, action_masks: np.ndarray | None) -> tuple[th.Tensor, th.Tensor | None]:
+        """Values of the states and heads, and which of them are valid."""
+        masks = None
+        if action_masks is not None:
+            flat = [check_mask(mask, self.layout.n_flat, "predict()") for mask in np.atleast_2d(action_masks)]
+            padded = self.layout.padded_mask(np.stack(flat))
+            if len(padded) != len(values):
+                raise ValueError(f"predict() needs a mask for each of its {len(values)} observations, not {len(padded)}")
+            masks = th.from_numpy(padded).to(values.device)
+        return self.layout.rows(values), self.layout.mask_rows(masks, len(values), values.device)
+
+    def _greedy(self, rows: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        """The best action of each row, ``(n_rows,)``."""
+        return (rows if mask is None else rows.masked_fill(~mask, -math.inf)).argmax(dim=1)
+
+    def _random_actions(self, mask: th.Tensor | None) -> np.ndarray:
+        """Uniform draws from the valid actions of rows."""
+        assert mask is not None
+        return self.layout.to_env(self._greedy(th.rand(mask.shape, device=mask.device), mask))
+
+    def _act_on(self, observation: np.ndarray | dict[str, np.ndarray], function: Any) -> tuple[Any, bool]:
+        """A function of observations as tensors, without gradients, and whether there was a dimension for the environments."""
         if isinstance(observation, tuple):
             raise ValueError(
                 "The observation is a tuple. With Gymnasium, reset() returns (observation, info): "
@@ -271,47 +355,140 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         else:
             obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
         with th.no_grad():
-            return self.policy.q_values(obs_tensor), vectorized_env
+            return function(obs_tensor), vectorized_env
 
-    def _sample_policy(self, q_values: th.Tensor) -> th.Tensor:
-        """Actions drawn from the Boltzmann policy, by adding Gumbel noise to the logits; ``(batch_size,)``."""
+    def _sample_policy(self, rows: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        """Actions drawn from the policy, by adding Gumbel noise to its logits; ``(n_rows,)``."""
         # argmax(q + temperature * gumbel) needs no division: at temperature 0 it is the greedy action
-        gumbel = -th.empty_like(q_values).exponential_().log()
-        return (q_values + self.current_temperature * gumbel).argmax(dim=1)
+        gumbel = -th.empty_like(rows).exponential_().log()
+        return self._greedy(rows + self._acting_temperature * gumbel, mask)
 
-    def _evaluate(self, observation: np.ndarray | dict[str, np.ndarray], function: Any) -> np.ndarray:
-        q_values, vectorized_env = self._act_on(observation)
-        result = function(q_values, self.current_temperature).cpu().numpy()
-        return result if vectorized_env else result[0]
+    @property
+    def _acting_temperature(self) -> operators.Temperature:
+        """The policy is the softmax of the acting values divided by this."""
+        return self.current_temperature
 
     def q_values(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         """
-        Action values that the agent acts on.
+        Action values.
 
         :param observation: one observation, or one per environment
-        :return: ``(n_actions,)``, or ``(n_observations, n_actions)``
+        :return: ``(n_actions,)``, or ``(n_observations, n_actions)``; of several heads, one after the other
         """
-        return self._evaluate(observation, lambda q_values, temperature: q_values)
+        values, vectorized_env = self._act_on(observation, self.policy.q_values)
+        result = self.layout.flat(values).cpu().numpy()
+        return result if vectorized_env else result[0]
 
-    def action_probs(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    def action_probs(
+        self, observation: np.ndarray | dict[str, np.ndarray], action_masks: np.ndarray | None = None
+    ) -> np.ndarray:
         """
-        Probabilities of the Boltzmann policy at the current temperature, without epsilon.
-
-        :param observation: one observation, or one per environment
-        :return: ``(n_actions,)``, or ``(n_observations, n_actions)``
-        """
-        return self._evaluate(observation, operators.policy)
-
-    def soft_value(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-        """
-        Values of states, entropy included: :func:`sb3_softq.operators.soft_value` of the action values.
+        Probabilities of the policy (the Boltzmann one at the current temperature, where there is no actor), without epsilon.
 
         :param observation: one observation, or one per environment
-        :return: ``()``, or ``(n_observations,)``
+        :param action_masks: valid actions, as for :meth:`predict`
+        :return: ``(n_actions,)``, or ``(n_observations, n_actions)``; of several heads, one after the other
         """
-        return self._evaluate(observation, lambda *args: operators.soft_value(*args).squeeze(1))
+        values, vectorized_env = self._act_on(observation, self.policy.acting_values)
+        rows, mask = self._acting_rows(values, action_masks)
+        probabilities = operators.policy(rows, self._acting_temperature, mask).view(len(values), -1)
+        result = self.layout.flat(probabilities).cpu().numpy()
+        return result if vectorized_env else result[0]
+
+    def soft_value(
+        self, observation: np.ndarray | dict[str, np.ndarray], action_masks: np.ndarray | None = None
+    ) -> np.ndarray:
+        """
+        Values of states: the expectation of the action values under the policy, and its regularisation.
+
+        :param observation: one observation, or one per environment
+        :param action_masks: valid actions, as for :meth:`predict`
+        :return: ``()``, or ``(n_observations,)``; of several heads, their sum
+        """
+        estimates, vectorized_env = self._act_on(observation, lambda obs: self._online_estimates(obs))
+        n_states = len(estimates[0]) // self.layout.n_heads
+        _, mask = self._acting_rows(estimates[0].view(n_states, -1), action_masks)
+        with th.no_grad():
+            values = self._value(estimates, mask).view(n_states, self.layout.n_heads, -1).mean(dim=2).sum(dim=1)
+        return values.cpu().numpy() if vectorized_env else values.cpu().numpy()[0]
 
     # ------------------------------------------------------------------ collecting
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._setup_learn(*args, **kwargs)
+        if has_action_masks(self.env) != self._masking:
+            raise ValueError(
+                f"The environment has {'no ' if self._masking else ''}action_masks(), but that of the model has"
+                f"{'' if self._masking else ' not'}: make the model with the environment that it trains on"
+            )
+        self._extra_names = list(self._extra_fields())
+        if self._extra_names and not isinstance(self.replay_buffer, GrowingStorage):
+            raise ValueError(
+                f"{', '.join(self._extra_names)} are stored by the package's own replay buffers, not by "
+                f"{type(self.replay_buffer).__name__}: leave replay_buffer_class=None"
+            )
+        if self._masking:
+            self._masks = self._read_masks(self._last_obs)
+        return result
+
+    def _read_masks(self, observation: Any) -> np.ndarray:
+        """Masks of the environments' current states, ``(n_envs, n_heads * width)``."""
+        masks = self.layout.padded_mask(action_masks(self.env, self.layout.n_flat))  # type: ignore[arg-type]
+        for i, mask in enumerate(masks):
+            check_valid(mask, self.layout, i, tree_map(lambda array: array[i], observation))  # noqa: B023
+        return masks
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self._masks is None:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        if self.num_timesteps < learning_starts:
+            actions = self._random_actions(self.layout.mask_rows(th.from_numpy(self._masks), len(self._masks)))
+        else:
+            assert self._last_obs is not None
+            actions, _ = self.predict(self._last_obs, deterministic=False, action_masks=self._flat_masks())
+        return actions, actions
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        if self._extra_names:
+            assert isinstance(replay_buffer, GrowingStorage)
+            replay_buffer.pending = self._pending()
+        if self._masks is not None:
+            masks = self._read_masks(new_obs)
+            replay_buffer.pending["next_action_masks"] = self._next_masks(masks, dones, infos)  # type: ignore[attr-defined]
+            self._masks = masks
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _pending(self) -> dict[str, np.ndarray]:
+        """The :meth:`_extra_fields` of the transition that is about to be stored, but the next masks."""
+        return {} if self._masks is None else {"action_masks": self._masks}
+
+    def _flat_masks(self) -> np.ndarray | None:
+        """Masks of the environments' current states as they gave them, ``(n_envs, n_actions)``; None without masks."""
+        return None if self._masks is None else self._masks[:, self.layout.columns]
+
+    def _next_masks(self, masks: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        """Masks of the next states, which at the end of an episode are not those of the environments' current states."""
+        assert self._masks is not None
+        next_masks = masks.copy()
+        for i in np.flatnonzero(dones):
+            terminal = infos[i].get("terminal_action_masks")
+            if terminal is None:
+                # Nothing is known of it. A terminated state has no value, one cut by a time limit is much like that before
+                next_masks[i] = self._masks[i]
+            else:
+                next_masks[i] = self.layout.padded_mask(check_mask(terminal, self.layout.n_flat, f"environment {i}")[None])[0]
+                check_valid(next_masks[i], self.layout, int(i), infos[i].get("terminal_observation"))
+        return next_masks
 
     def _on_step(self) -> None:
         """Update the target network and the schedules; called after each step in the environments."""
@@ -328,43 +505,124 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
     # ------------------------------------------------------------------ learning
 
-    def _target_q_values(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
-        """The target network's action values at s and s', of one pass through it; ``(batch_size, n_actions)`` each."""
-        observations, next_observations = replay_data.observations, replay_data.next_observations
-        if isinstance(observations, dict):
-            both: Any = {key: th.cat([observations[key], next_observations[key]]) for key in observations}  # type: ignore[index,call-overload]
-        else:
-            both = th.cat([observations, next_observations])
-        q_values, next_q_values = self.q_net_target(both).chunk(2)
-        return q_values, next_q_values
+    def _joint(self, rows: th.Tensor) -> th.Tensor:
+        """
+        Values of joint actions, or of states, from those of their heads: the sum, or, of independent heads, as they are.
 
-    def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        :param rows: ``(batch_size * n_heads, k)``
+        :return: ``(batch_size, k)``, or ``(batch_size * n_heads, k)`` of independent heads: the shape of the targets
+        """
+        if self.layout.n_heads == 1 or self.factorisation == "independent":
+            return rows
+        return rows.unflatten(0, (-1, self.layout.n_heads)).sum(dim=1)
+
+    def _per_target(self, values: th.Tensor) -> th.Tensor:
+        """What samples have, ``(batch_size, k)``, as targets have it: once for each of independent heads."""
+        if self.layout.n_heads == 1 or self.factorisation == "sum":
+            return values
+        return values.repeat_interleave(self.layout.n_heads, dim=0)
+
+    def _mask_rows(self, replay_data: Any, name: str = "action_masks") -> th.Tensor | None:
+        """Mask of the rows of a minibatch; None if every action is valid."""
+        extras = getattr(replay_data, "extras", None) or {}
+        return self.layout.mask_rows(extras.get(name), len(replay_data.actions), self.device)
+
+    def _estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
+        """
+        What the networks say of states, for targets: the target network's action values.
+
+        :param observations: states
+        :return: tensors with one row for each state and head, ``(n_rows, n_actions)``: the first defines the policy, the last
+            are the action values
+        """
+        return (self.layout.rows(self.q_net_target(observations)),)
+
+    def _online_estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
+        """:meth:`_estimates` of the online networks, for :meth:`soft_value`."""
+        return (self.layout.rows(self.policy.q_values(observations)),)
+
+    def _value(self, estimates: tuple[th.Tensor, ...], mask: th.Tensor | None) -> th.Tensor:
+        """
+        The operator V of the algorithm.
+
+        :param estimates: what :meth:`_estimates` returned
+        :param mask: valid actions, ``(n_rows, n_actions)``, or None for all
+        :return: values, ``(n_rows, 1)``
+        """
+        raise NotImplementedError
+
+    def _bonus(
+        self, estimates: tuple[th.Tensor, ...], actions: th.Tensor, mask: th.Tensor | None
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        What is added to the reward of an action.
+
+        :param estimates: what :meth:`_estimates` returned
+        :param actions: ``(n_rows, 1)``
+        :param mask: valid actions, ``(n_rows, n_actions)``, or None for all
+        :return: the bonus of the joint action (see :meth:`_joint`), and what to log of it, as tensors without dimensions
+        """
+        raise NotImplementedError
+
+    def _policy_and_q_values(self, estimates: tuple[th.Tensor, ...], mask: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The policy that :meth:`_value` is the value of, and the action values under it.
+
+        :param estimates: what :meth:`_estimates` returned
+        :param mask: valid actions, ``(n_rows, n_actions)``, or None for all
+        :return: ``(n_rows, n_actions)`` both
+        """
+        return operators.policy(estimates[0], self.current_temperature, mask), estimates[-1]
+
+    def _regularisation(self, estimates: tuple[th.Tensor, ...], mask: th.Tensor | None) -> th.Tensor:
+        """What :meth:`_value` contains beyond the expectation of the action values, ``(n_rows, 1)``."""
+        policy, q_values = self._policy_and_q_values(estimates, mask)
+        return self._value(estimates, mask) - operators.expectation(policy, q_values, mask)
+
+    @property
+    def _has_bonus(self) -> bool:
+        """Whether :meth:`_bonus` adds anything."""
+        return False
+
+    def _compute_targets(self, replay_data: Any) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         Regression targets of the taken actions; called without gradients.
 
         :param replay_data: a minibatch
-        :return: targets ``(batch_size, 1)``, and what to log of them, as tensors without dimensions
+        :return: targets, of the shape that :meth:`_joint` gives, and what to log of them, as tensors without dimensions
         """
-        raise NotImplementedError
+        if getattr(replay_data, "steps", None) is not None:
+            return n_step_targets(self, replay_data)
+        next_mask = self._mask_rows(replay_data, "next_action_masks")
+        # r + bonus(s, a) + gamma * (1 - done) * V(s')
+        if not self._has_bonus:
+            next_values = self._joint(self._value(self._estimates(replay_data.next_observations), next_mask))
+            return self._bellman_target(replay_data, next_values), {}
+        # One pass through the networks for s and s'
+        both = self._estimates(concatenate(replay_data.observations, replay_data.next_observations))
+        estimates, next_estimates = zip(*(tensor.chunk(2) for tensor in both), strict=True)
+        next_values = self._joint(self._value(next_estimates, next_mask))
+        actions = self.layout.action_rows(replay_data.actions)
+        bonus, metrics = self._bonus(estimates, actions, self._mask_rows(replay_data))
+        return self._bellman_target(replay_data, next_values, bonus), metrics
 
-    def _compute_loss(self, replay_data: ReplayBufferSamples, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def _compute_loss(self, replay_data: Any, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Loss of each sample: Huber, as in SB3's DQN.
 
         :param replay_data: a minibatch
-        :param targets: what :meth:`_compute_targets` returned, ``(batch_size, 1)``
-        :return: losses ``(batch_size, 1)``, and the action values that the agent acts on, ``(batch_size, n_actions)``
+        :param targets: what :meth:`_compute_targets` returned
+        :return: losses of the targets' shape, and the acting values of the rows, ``(n_rows, n_actions)``
         """
-        q_values = self.q_net(replay_data.observations)
-        current_q_values = q_values.gather(1, replay_data.actions)
+        q_values = self.layout.rows(self.q_net(replay_data.observations))
+        current_q_values = self._joint(q_values.gather(1, self.layout.action_rows(replay_data.actions)))
         return F.smooth_l1_loss(current_q_values, targets, reduction="none"), q_values.detach()
 
-    def _bellman_target(
-        self, replay_data: ReplayBufferSamples, next_values: th.Tensor, bonus: th.Tensor | float = 0.0
-    ) -> th.Tensor:
+    def _bellman_target(self, replay_data: Any, next_values: th.Tensor, bonus: th.Tensor | float = 0.0) -> th.Tensor:
         """``rewards + bonus + discount * (1 - done) * next_values``, for one-step and n-step minibatches."""
-        discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
-        return operators.bellman_target(replay_data.rewards + bonus, replay_data.dones, discounts, next_values)
+        discounts = self.gamma if replay_data.discounts is None else self._per_target(replay_data.discounts)
+        rewards, dones = self._per_target(replay_data.rewards), self._per_target(replay_data.dones)
+        return operators.bellman_target(rewards + bonus, dones, discounts, next_values)
 
     def _targets_frozen(self) -> bool:
         """Whether targets stay as they are while :meth:`train` runs, so that all of a call can be computed together."""
@@ -382,7 +640,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         at_once = self.batches_at_once(batch_size)
         for start in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - start)
-            samples = self.replay_buffer.sample(n_batches * batch_size, env=self._vec_normalize_env)
+            samples = self._sample(n_batches * batch_size)
             minibatches = split_samples(samples, n_batches)
             if self._targets_frozen():
                 with th.no_grad():
@@ -394,6 +652,18 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
                     with th.no_grad():
                         targets, metrics = self._compute_targets(minibatch)
                     yield minibatch, targets, metrics
+
+    def _sample(self, n_samples: int) -> Any:
+        """Samples of the replay buffer, with what the algorithm adds to them."""
+        return self._extend(self.replay_buffer.sample(n_samples, env=self._vec_normalize_env))  # type: ignore[union-attr]
+
+    def _extend(self, samples: Any) -> Any:
+        """
+        Add what the hooks need beyond the transitions, so that compiled updates get it as an input (see ``extras``).
+
+        :param samples: what the replay buffer gave
+        """
+        return samples
 
     def batches_at_once(self, batch_size: int) -> int:
         """
@@ -429,12 +699,13 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             self._n_updates += 1
             self._losses.append((loss.detach(), grad_norm))
             if self.temperature_module.learned:
-                entropies = operators.entropy(q_values, self.current_temperature)
-                self.temperature_module.learn(entropies, self.policy.optimizer.param_groups[0]["lr"])
+                mask = self._mask_rows(replay_data)
+                entropies = operators.entropy(q_values, self._acting_temperature, mask)
+                self.temperature_module.learn(entropies, self.policy.optimizer.param_groups[0]["lr"], mask)
 
-        self._report(q_values, target_metrics)
+        self._report(q_values, target_metrics, self._mask_rows(replay_data))
 
-    def _report(self, q_values: th.Tensor, target_metrics: dict[str, th.Tensor]) -> None:
+    def _report(self, q_values: th.Tensor, target_metrics: dict[str, th.Tensor], mask: th.Tensor | None) -> None:
         """Log the means since the last report, and statistics of the last minibatch, with one read from the device."""
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self._n_updates < self._next_report:
@@ -445,7 +716,8 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         metrics = {
             "loss": losses.mean(),
             "grad_norm": grad_norms.mean(),
-            **policy_statistics(q_values, self.current_temperature),
+            "temperature": th.as_tensor(self.current_temperature, dtype=q_values.dtype, device=q_values.device),
+            **policy_statistics(q_values, self._acting_temperature, mask),
             **target_metrics,
         }
         for name, value in zip(metrics, th.stack(list(metrics.values())).tolist(), strict=True):

@@ -4,20 +4,19 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_softq import operators
-from sb3_softq.checks import check_number
-from sb3_softq.value_based.base import ValueBasedAlgorithm
+from sb3_softq.value_based.gap_increasing import GapIncreasingAlgorithm, check_munchausen
 from sb3_softq.value_based.policies import QPolicy
 
 
-class MunchausenDQN(ValueBasedAlgorithm):
+class MunchausenDQN(GapIncreasingAlgorithm):
     """
     Munchausen DQN: soft Q-learning whose reward carries the scaled log-policy of the taken action.
 
     That term regularises the policy towards the previous one by their KL divergence, without a network for either, and
-    widens the gaps between actions. Vieillard, Pietquin and Geist 2020 (arXiv:2007.14430), whose constants are the defaults.
+    widens the gaps between actions. Vieillard, Pietquin and Geist 2020 (arXiv:2007.14430): the target is equation 2,
+    everything in it of the target network, and the defaults are the paper's constants.
 
     Parameters not described here are those of :class:`~sb3_softq.value_based.base.ValueBasedAlgorithm`.
 
@@ -43,6 +42,8 @@ class MunchausenDQN(ValueBasedAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
+        n_step_bonus: bool = True,
+        tree_backup: bool = False,
         temperature: float | str | Schedule = 0.03,
         munchausen_alpha: float = 0.9,
         munchausen_clip: float = -1.0,
@@ -52,6 +53,7 @@ class MunchausenDQN(ValueBasedAlgorithm):
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
         max_grad_norm: float = 10,
+        factorisation: str = "sum",
         torch_compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -64,33 +66,36 @@ class MunchausenDQN(ValueBasedAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
-            replay_buffer_class,
-            replay_buffer_kwargs,
-            optimize_memory_usage,
-            n_steps,
-            temperature,
-            target_update_interval,
-            exploration,
-            exploration_fraction,
-            exploration_initial_eps,
-            exploration_final_eps,
-            max_grad_norm,
-            torch_compile,
-            stats_window_size,
-            tensorboard_log,
-            policy_kwargs,
-            verbose,
-            seed,
-            device,
+            learning_rate=learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            temperature=temperature,
+            target_update_interval=target_update_interval,
+            exploration=exploration,
+            exploration_fraction=exploration_fraction,
+            exploration_initial_eps=exploration_initial_eps,
+            exploration_final_eps=exploration_final_eps,
+            max_grad_norm=max_grad_norm,
+            torch_compile=torch_compile,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
             _init_setup_model=False,
+            n_step_bonus=n_step_bonus,
+            tree_backup=tree_backup,
+            factorisation=factorisation,
         )
         self.munchausen_alpha = munchausen_alpha
         self.munchausen_clip = munchausen_clip
@@ -99,15 +104,4 @@ class MunchausenDQN(ValueBasedAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        check_number("munchausen_alpha", self.munchausen_alpha, 0, 1)
-        check_number("munchausen_clip", self.munchausen_clip, maximum=0, finite=False)
-
-    def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        # r + alpha * clip(temperature * log pi(a|s), clip, 0) + gamma * V(s'), all of the target network
-        # (arXiv:2007.14430, equation 2)
-        temperature = self.current_temperature
-        q_values, next_q_values = self._target_q_values(replay_data)
-        next_values = operators.soft_value(next_q_values, temperature)
-        log_policy = operators.gap_bonus(q_values, replay_data.actions, temperature, self.munchausen_clip)
-        targets = self._bellman_target(replay_data, next_values, bonus=self.munchausen_alpha * log_policy)
-        return targets, {"munchausen_clip_fraction": (log_policy <= self.munchausen_clip).to(log_policy.dtype).mean()}
+        check_munchausen(self.munchausen_alpha, self.munchausen_clip)

@@ -1,6 +1,7 @@
 """Policies of the value-based family: action-value networks, their targets and the features extractors they need."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -18,6 +19,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.dqn.policies import QNetwork as DQNQNetwork
 from torch import nn
 
+from sb3_softq.actions import ActionLayout
 from sb3_softq.mlp import relu_mlp, relu_mlp_layers
 
 # Smallest height and width that NatureCNN's three convolutions can read
@@ -128,38 +130,49 @@ class DuelingHead(nn.Module):
 
     Wang et al. 2016 (arXiv:1511.06581), equation 9.
 
+    With several heads of actions, each has a value of its own.
+
     :param input_dim: number of features
     :param hidden_units: units of the hidden layer of each stream; none for linear streams
-    :param n_actions: number of actions
+    :param layout: the heads of actions
     :param activation_fn: activation of the hidden layers
     """
 
-    def __init__(self, input_dim: int, hidden_units: list[int], n_actions: int, activation_fn: type[nn.Module]) -> None:
+    def __init__(self, input_dim: int, hidden_units: list[int], layout: ActionLayout, activation_fn: type[nn.Module]) -> None:
         super().__init__()
-        self.value = nn.Sequential(*create_mlp(input_dim, 1, hidden_units, activation_fn))
-        self.advantage = nn.Sequential(*create_mlp(input_dim, n_actions, hidden_units, activation_fn))
+        self.layout = layout
+        self.value = nn.Sequential(*create_mlp(input_dim, layout.n_heads, hidden_units, activation_fn))
+        self.advantage = nn.Sequential(*create_mlp(input_dim, layout.n_values, hidden_units, activation_fn))
 
     def forward(self, features: th.Tensor) -> th.Tensor:
-        advantage = self.advantage(features)
-        return self.value(features) + advantage - advantage.mean(dim=1, keepdim=True)
+        advantage, value = self.advantage(features), self.value(features)
+        if self.layout.n_heads == 1:
+            return value + advantage - advantage.mean(dim=1, keepdim=True)
+        advantage = advantage.unflatten(1, (self.layout.n_heads, self.layout.width))
+        used = th.ones_like(advantage[0]) if self.layout.used is None else self.layout.used.to(advantage)
+        mean = (advantage * used).sum(dim=2, keepdim=True) / used.sum(dim=1, keepdim=True)
+        return (value.unsqueeze(2) + advantage - mean).flatten(start_dim=1)
 
 
 class QNetwork(DQNQNetwork):
     """
     SB3's action-value network, with a dueling head as an option.
 
+    :param layout: the heads of actions
     :param dueling: whether the last layer of ``net_arch`` and the output are split in two streams (:class:`DuelingHead`)
     """
 
-    def __init__(self, *args: Any, dueling: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, layout: ActionLayout, dueling: bool = False, **kwargs: Any) -> None:
+        # One output for each value: SB3's network asks the action space for their number
+        super().__init__(*args, **{**kwargs, "action_space": spaces.Discrete(layout.n_values)})
+        self.layout = layout
         self.dueling = dueling
         if dueling:
             trunk, hidden_units = self.net_arch[:-1], self.net_arch[-1:]
             head_dim = trunk[-1] if trunk else self.features_dim
             self.q_net = nn.Sequential(
                 *create_mlp(self.features_dim, -1, trunk, self.activation_fn),
-                DuelingHead(head_dim, hidden_units, int(self.action_space.n), self.activation_fn),
+                DuelingHead(head_dim, hidden_units, layout, self.activation_fn),
             )
         # Observations that are their own features need neither preprocessing nor flattening
         self.reads_vectors = type(self.features_extractor) is FlattenExtractor and is_vector_space(self.observation_space)
@@ -170,7 +183,7 @@ class QNetwork(DQNQNetwork):
         Action values.
 
         :param obs: observations
-        :return: ``(batch_size, n_actions)``
+        :return: ``(batch_size, n_actions)``; of all heads, ``(batch_size, n_heads * width)``
         """
         if self.reads_vectors:
             assert isinstance(obs, th.Tensor)  # for mypy
@@ -182,14 +195,14 @@ class QNetwork(DQNQNetwork):
         return relu_mlp(features, self.mlp_layers)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "dueling": self.dueling}
+        return {**super()._get_constructor_parameters(), "layout": self.layout, "dueling": self.dueling}
 
 
-class TwinQNetwork(BasePolicy):
+class QNetworks(BasePolicy):
     """
-    Two independent action-value networks, extractors included.
+    Independent networks over the actions, extractors included.
 
-    :param networks: the two networks
+    :param networks: the networks
     """
 
     def __init__(self, networks: list[QNetwork]) -> None:
@@ -198,12 +211,22 @@ class TwinQNetwork(BasePolicy):
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
-        Action values of both networks.
+        Values of all networks.
 
         :param obs: observations
-        :return: ``(2, batch_size, n_actions)``
+        :return: ``(n_networks, batch_size, n_actions)``
         """
-        return th.stack([network(obs) for network in self.networks])
+        return self.networks_of(obs, slice(None))
+
+    def networks_of(self, obs: PyTorchObs, which: slice) -> th.Tensor:
+        """
+        Values of some of the networks.
+
+        :param obs: observations
+        :param which: which of them
+        :return: ``(n_selected, batch_size, n_actions)``
+        """
+        return th.stack([network(obs) for network in self.networks[which]])
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self(observation).amin(dim=0).argmax(dim=1)
@@ -221,7 +244,7 @@ class QPolicy(DQNPolicy):
     def __init__(
         self,
         observation_space: spaces.Space,
-        action_space: spaces.Discrete,
+        action_space: spaces.Space,
         lr_schedule: Schedule,
         net_arch: list[int] | None = None,
         activation_fn: type[nn.Module] = nn.ReLU,
@@ -233,6 +256,7 @@ class QPolicy(DQNPolicy):
         dueling: bool = False,
     ) -> None:
         self.dueling = dueling
+        self.layout = ActionLayout(action_space)
         if features_extractor_class is None:
             features_extractor_class = self.default_features_extractor(observation_space)
         if net_arch is None:
@@ -240,7 +264,7 @@ class QPolicy(DQNPolicy):
             net_arch = [] if features_extractor_class in (NatureCNN, SmallImageCNN) else [64, 64]
         super().__init__(
             observation_space,
-            action_space,
+            action_space,  # type: ignore[arg-type]
             lr_schedule,
             net_arch,
             activation_fn,
@@ -283,19 +307,32 @@ class QPolicy(DQNPolicy):
 
     def make_q_net(self) -> QNetwork:
         net_args = self._update_features_extractor(self.net_args, features_extractor=None)
-        return QNetwork(**net_args, dueling=self.dueling).to(self.device)
+        return QNetwork(**net_args, layout=self.layout, dueling=self.dueling).to(self.device)
 
     def q_values(self, obs: PyTorchObs) -> th.Tensor:
         """
-        Action values that the agent acts on.
+        Action values.
 
         :param obs: observations
-        :return: ``(batch_size, n_actions)``
+        :return: ``(batch_size, n_actions)``; of all heads, ``(batch_size, n_heads * width)``
         """
         return self.q_net(obs)
 
+    def acting_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        What the agent acts on: the greedy action is where they are largest, the policy their softmax.
+
+        :param obs: observations
+        :return: as :meth:`q_values`, which they are where there is no other network for the policy
+        """
+        return self.q_values(obs)
+
     def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        return self.q_values(obs).argmax(dim=1)
+        values = self.acting_values(obs)
+        rows, mask = self.layout.rows(values), self.layout.mask_rows(None, len(values), values.device)
+        if mask is not None:
+            rows = rows.masked_fill(~mask, -math.inf)
+        return rows.argmax(dim=1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "dueling": self.dueling}
@@ -322,11 +359,12 @@ class MultiInputQPolicy(QPolicy):
 class TwinQPolicy(QPolicy):
     """:class:`QPolicy` with two networks; the agent acts on the minimum of their action values."""
 
-    q_net: TwinQNetwork  # type: ignore[assignment]
-    q_net_target: TwinQNetwork  # type: ignore[assignment]
+    n_networks: ClassVar[int] = 2
+    q_net: QNetworks  # type: ignore[assignment]
+    q_net_target: QNetworks  # type: ignore[assignment]
 
-    def make_q_net(self) -> TwinQNetwork:  # type: ignore[override]
-        return TwinQNetwork([super(TwinQPolicy, self).make_q_net() for _ in range(2)]).to(self.device)
+    def make_q_net(self) -> QNetworks:  # type: ignore[override]
+        return QNetworks([super(TwinQPolicy, self).make_q_net() for _ in range(self.n_networks)]).to(self.device)
 
     def q_values(self, obs: PyTorchObs) -> th.Tensor:
         return self.q_net(obs).amin(dim=0)
@@ -338,3 +376,50 @@ class TwinCnnQPolicy(TwinQPolicy, CnnQPolicy):
 
 class TwinMultiInputQPolicy(TwinQPolicy, MultiInputQPolicy):
     """:class:`TwinQPolicy` for Dict observations."""
+
+
+class SumQPolicy(TwinQPolicy):
+    """:class:`QPolicy` with two networks; the agent acts on their sum."""
+
+    def q_values(self, obs: PyTorchObs) -> th.Tensor:
+        return self.q_net(obs).sum(dim=0)
+
+
+class SumCnnQPolicy(SumQPolicy, CnnQPolicy):
+    """:class:`SumQPolicy` for images."""
+
+
+class SumMultiInputQPolicy(SumQPolicy, MultiInputQPolicy):
+    """:class:`SumQPolicy` for Dict observations."""
+
+
+class ActorQPolicy(TwinQPolicy):
+    """:class:`QPolicy` with a second network, which the agent acts on."""
+
+    def q_values(self, obs: PyTorchObs) -> th.Tensor:
+        return self.q_net(obs)[:-1].amin(dim=0)
+
+    def acting_values(self, obs: PyTorchObs) -> th.Tensor:
+        return self.q_net.networks[-1](obs)
+
+
+class ActorCnnQPolicy(ActorQPolicy, CnnQPolicy):
+    """:class:`ActorQPolicy` for images."""
+
+
+class ActorMultiInputQPolicy(ActorQPolicy, MultiInputQPolicy):
+    """:class:`ActorQPolicy` for Dict observations."""
+
+
+class TwinActorQPolicy(ActorQPolicy):
+    """:class:`ActorQPolicy` with two networks for the action values, of which the smaller count, beside the one it acts on."""
+
+    n_networks = 3
+
+
+class TwinActorCnnQPolicy(TwinActorQPolicy, CnnQPolicy):
+    """:class:`TwinActorQPolicy` for images."""
+
+
+class TwinActorMultiInputQPolicy(TwinActorQPolicy, MultiInputQPolicy):
+    """:class:`TwinActorQPolicy` for Dict observations."""

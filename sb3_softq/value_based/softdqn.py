@@ -4,7 +4,7 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from sb3_softq import operators
 from sb3_softq.checks import check_bool
@@ -42,6 +42,8 @@ class SoftDQN(ValueBasedAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
+        n_step_bonus: bool = True,
+        tree_backup: bool = False,
         temperature: float | str | Schedule = 0.03,
         double_q: bool = False,
         target_update_interval: int = 10_000,
@@ -50,6 +52,7 @@ class SoftDQN(ValueBasedAlgorithm):
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
         max_grad_norm: float = 10,
+        factorisation: str = "sum",
         torch_compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -62,33 +65,36 @@ class SoftDQN(ValueBasedAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
-            replay_buffer_class,
-            replay_buffer_kwargs,
-            optimize_memory_usage,
-            n_steps,
-            temperature,
-            target_update_interval,
-            exploration,
-            exploration_fraction,
-            exploration_initial_eps,
-            exploration_final_eps,
-            max_grad_norm,
-            torch_compile,
-            stats_window_size,
-            tensorboard_log,
-            policy_kwargs,
-            verbose,
-            seed,
-            device,
+            learning_rate=learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            temperature=temperature,
+            target_update_interval=target_update_interval,
+            exploration=exploration,
+            exploration_fraction=exploration_fraction,
+            exploration_initial_eps=exploration_initial_eps,
+            exploration_final_eps=exploration_final_eps,
+            max_grad_norm=max_grad_norm,
+            torch_compile=torch_compile,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
             _init_setup_model=False,
+            n_step_bonus=n_step_bonus,
+            tree_backup=tree_backup,
+            factorisation=factorisation,
         )
         self.double_q = double_q
         if _init_setup_model:
@@ -101,13 +107,14 @@ class SoftDQN(ValueBasedAlgorithm):
     def _targets_frozen(self) -> bool:
         return not self.double_q and super()._targets_frozen()
 
-    def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        next_q_values = self.q_net_target(replay_data.next_observations)
-        if self.double_q:
-            # V(s') = E_{a ~ pi}[q_target(s', a)] + temperature * H(pi), with pi of the online network
-            online_q_values = self.q_net(replay_data.next_observations)
-            next_values = operators.double_soft_value(online_q_values, next_q_values, self.current_temperature)
-        else:
-            # V(s') = temperature * log sum_a exp(q(s', a) / temperature) (arXiv:1702.08165)
-            next_values = operators.soft_value(next_q_values, self.current_temperature)
-        return self._bellman_target(replay_data, next_values), {}
+    def _estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
+        target_q_values = super()._estimates(observations)
+        # In the double form the online network defines the policy that the target network evaluates
+        return (self.layout.rows(self.q_net(observations)), *target_q_values) if self.double_q else target_q_values
+
+    def _value(self, estimates: tuple[th.Tensor, ...], mask: th.Tensor | None) -> th.Tensor:
+        if len(estimates) == 2:
+            # V(s) = E_{a ~ pi}[q_target(s, a)] + temperature * H(pi), with pi of the online network
+            return operators.double_soft_value(*estimates, self.current_temperature, mask)
+        # V(s) = temperature * log sum_a exp(q(s, a) / temperature) (arXiv:1702.08165)
+        return operators.soft_value(estimates[0], self.current_temperature, mask)

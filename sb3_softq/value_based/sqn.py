@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from torch.nn import functional as F
 
 from sb3_softq import operators
 from sb3_softq.value_based.base import ValueBasedAlgorithm
-from sb3_softq.value_based.policies import TwinCnnQPolicy, TwinMultiInputQPolicy, TwinQNetwork, TwinQPolicy
+from sb3_softq.value_based.policies import QNetworks, TwinCnnQPolicy, TwinMultiInputQPolicy, TwinQPolicy
 
 
 class SQN(ValueBasedAlgorithm):
@@ -37,8 +37,8 @@ class SQN(ValueBasedAlgorithm):
     }
     learns_temperature = True
     policy: TwinQPolicy
-    q_net: TwinQNetwork  # type: ignore[assignment]
-    q_net_target: TwinQNetwork  # type: ignore[assignment]
+    q_net: QNetworks  # type: ignore[assignment]
+    q_net_target: QNetworks  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -56,6 +56,8 @@ class SQN(ValueBasedAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
+        n_step_bonus: bool = True,
+        tree_backup: bool = False,
         temperature: float | str | Schedule = "auto_0.2",
         target_entropy: float | str = "auto",
         target_update_interval: int = 1,
@@ -64,6 +66,7 @@ class SQN(ValueBasedAlgorithm):
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
         max_grad_norm: float = 10,
+        factorisation: str = "sum",
         torch_compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -76,46 +79,52 @@ class SQN(ValueBasedAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
-            replay_buffer_class,
-            replay_buffer_kwargs,
-            optimize_memory_usage,
-            n_steps,
-            temperature,
-            target_update_interval,
-            exploration,
-            exploration_fraction,
-            exploration_initial_eps,
-            exploration_final_eps,
-            max_grad_norm,
-            torch_compile,
-            stats_window_size,
-            tensorboard_log,
-            policy_kwargs,
-            verbose,
-            seed,
-            device,
+            learning_rate=learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            temperature=temperature,
+            target_update_interval=target_update_interval,
+            exploration=exploration,
+            exploration_fraction=exploration_fraction,
+            exploration_initial_eps=exploration_initial_eps,
+            exploration_final_eps=exploration_final_eps,
+            max_grad_norm=max_grad_norm,
+            torch_compile=torch_compile,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
             _init_setup_model=False,
+            n_step_bonus=n_step_bonus,
+            tree_backup=tree_backup,
+            factorisation=factorisation,
             target_entropy=target_entropy,
         )
         if _init_setup_model:
             self._setup_model()
 
-    def _compute_targets(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        # The soft value of the smaller of the target critics' action values
-        next_q_values = self.q_net_target(replay_data.next_observations).amin(dim=0)
-        return self._bellman_target(replay_data, operators.soft_value(next_q_values, self.current_temperature)), {}
+    def _estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
+        # The smaller of the target critics' action values
+        return (self.layout.rows(self.q_net_target(observations).amin(dim=0)),)
 
-    def _compute_loss(self, replay_data: ReplayBufferSamples, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def _value(self, estimates: tuple[th.Tensor, ...], mask: th.Tensor | None) -> th.Tensor:
+        return operators.soft_value(estimates[0], self.current_temperature, mask)
+
+    def _compute_loss(self, replay_data: Any, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         # Sum over the critics of their squared errors
-        q_values = self.q_net(replay_data.observations)  # (2, batch_size, n_actions)
-        current_q_values = q_values.gather(2, replay_data.actions.expand(2, -1, -1))
+        q_values = self.layout.rows(self.q_net(replay_data.observations))  # (2, n_rows, n_actions)
+        actions = self.layout.action_rows(replay_data.actions)
+        current_q_values = th.stack([self._joint(q.gather(1, actions)) for q in q_values])  # (2, n_targets, 1)
         losses = F.mse_loss(current_q_values, targets.expand(2, -1, -1), reduction="none").sum(dim=0)
         return losses, q_values.detach().amin(dim=0)

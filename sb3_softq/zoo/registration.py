@@ -32,7 +32,8 @@ def default_config(algo: str) -> Path:
 @functools.cache
 def register() -> None:
     """
-    Make rl_zoo3 know our algorithms, their settings and their search spaces, and gymnasium the MinAtar games.
+    Make rl_zoo3 know our algorithms, their settings and their search spaces, and gymnasium the MinAtar games and the
+    environments of SB3 and sb3-contrib with MultiDiscrete actions and with action masks.
 
     Nothing happens the second time. Upstream's own algorithms stay as they are.
     """
@@ -46,6 +47,7 @@ def register() -> None:
     HYPERPARAMS_CONVERTER.update(CONVERTERS)
     _extend_experiment_manager()
     _register_minatar()
+    _register_identity_environments()
 
 
 def _extend_experiment_manager() -> None:
@@ -108,3 +110,11 @@ def _register_minatar() -> None:
                 entry_point="minatar.gym:BaseEnv",
                 kwargs={"game": game, "use_minimal_action_set": minimal},
             )
+
+
+def _register_identity_environments() -> None:
+    """Environments that come with SB3 and sb3-contrib without a name, for a first try of what they are about."""
+    if "IdentityMultiDiscrete-v0" not in gym.registry:
+        gym.register("IdentityMultiDiscrete-v0", "stable_baselines3.common.envs:IdentityEnvMultiDiscrete", kwargs={"dim": 5})
+        masked = {"dim": 20, "n_invalid_actions": 10}
+        gym.register("InvalidActionDiscrete-v0", "sb3_contrib.common.envs:InvalidActionEnvDiscrete", kwargs=masked)

@@ -29,6 +29,42 @@ def munchausen(trial: Trial) -> None:
     trial.suggest_float("munchausen_clip", -10.0, -0.1)
 
 
+def conservative(trial: Trial) -> None:
+    trial.suggest_float("munchausen_alpha", 0.0, 0.99)
+
+
+def programming(trial: Trial) -> None:
+    trial.suggest_categorical("operator", ["boltzmann", "logsumexp"])
+    trial.suggest_float("gap_clip", -10.0, -0.1)
+
+
+def momentum(trial: Trial) -> None:
+    # The weight of the new action values, over two orders of magnitude
+    trial.suggest_float("one_minus_momentum", 0.01, 1.0, log=True)
+
+
+def mirror_descent(trial: Trial) -> None:
+    trial.suggest_float("kl_coef", 0.001, 1.0, log=True)
+    trial.suggest_float("ent_coef", 0.001, 1.0, log=True)
+    trial.suggest_categorical("greedy_step", ["direct", "indirect", "dual_averaging"])
+    trial.suggest_categorical("regularised_evaluation", [False, True])
+
+
+def quantiles(trial: Trial) -> None:
+    trial.suggest_categorical("n_quantiles", [8, 32, 64])
+
+
+def learned_ent_coef(trial: Trial) -> None:
+    trial.suggest_float("auto_ent_coef", 0.01, 1.0, log=True)
+    trial.suggest_float("auto_target_entropy", 0.02, 0.9, log=True)
+
+
+def discrete_sac(trial: Trial) -> None:
+    trial.suggest_categorical("entropy_penalty", [0.0, 0.5])
+    trial.suggest_categorical("average_q", [False, True])
+    trial.suggest_float("munchausen_alpha", 0.0, 0.99)
+
+
 def exploration(trial: Trial) -> None:
     trial.suggest_categorical("exploration", ["boltzmann", "eps_greedy", "boltzmann_eps"])
 
@@ -47,7 +83,9 @@ def convert_value_based_params(sampled_params: dict[str, Any]) -> dict[str, Any]
     hyperparams = convert_offpolicy_params(sampled_params)
     # `target_update_interval` is searched over: the interval of full copies, also where the settings file has Polyak updates
     hyperparams["tau"] = 1.0
-    for name in ("temperature", "target_entropy"):
+    if "one_minus_momentum" in hyperparams:
+        hyperparams["momentum"] = 1 - hyperparams.pop("one_minus_momentum")
+    for name in ("temperature", "ent_coef", "target_entropy"):
         if f"auto_{name}" in hyperparams:
             hyperparams[name] = f"auto_{hyperparams.pop(f'auto_{name}')}"
     return hyperparams
@@ -131,6 +169,12 @@ SAMPLERS: dict[str, Sampler] = {
     "softdqn": value_based_sampler(temperature, exploration, double_q),
     "sqn": value_based_sampler(learned_temperature, exploration),
     "mdqn": value_based_sampler(temperature, munchausen, exploration),
+    "miqn": value_based_sampler(temperature, munchausen, quantiles, exploration),
+    "dpp": value_based_sampler(temperature, programming, exploration),
+    "cvi": value_based_sampler(temperature, conservative, exploration),
+    "modqn": value_based_sampler(temperature, momentum, exploration),
+    "mddqn": value_based_sampler(mirror_descent, exploration),
+    "sacd": value_based_sampler(learned_ent_coef, discrete_sac),
 }
 ACTOR_CRITIC_SAMPLERS: dict[str, Sampler] = {
     "msac": actor_critic_sampler(munchausen_bound),
