@@ -443,6 +443,8 @@ def test_retrace_targets_by_the_plain_loop():
     env = DummyVecEnv([lambda: BoxEnv(truncate=True)])
     model = make_model(MPO, env, retrace=True, n_steps=4, gradient_steps=0, n_action_samples=2)
     model.learn(60)
+    with th.no_grad():
+        model.policy.actor_target.mean.bias += 0.5  # so that it is not the policy that acted
     buffer = model.replay_buffer
     buffer.timeouts[9::20] = 0
     rows = np.arange(60)
