@@ -106,8 +106,8 @@ def draw(models: dict[str, Any], output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=PICTURE)
     arguments = parser.parse_args()
