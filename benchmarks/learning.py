@@ -1,5 +1,5 @@
 """
-Learning benchmark: our algorithms beside SB3's DQN and sb3-contrib's QR-DQN, each with its own zoo settings.
+Learning benchmark: our algorithms beside those of SB3 and sb3-contrib, each with its own zoo settings.
 
 Every run is one row of ``results/learning.jsonl``: algorithm, environment, seed, settings, the whole learning curve
 and a final evaluation. Runs that are already there, with the same settings, are not repeated:
@@ -37,6 +37,16 @@ SUITES: dict[str, dict[str, Any]] = {
         "envs": {"MinAtar/Breakout-v1": 1_000_000, "MinAtar/SpaceInvaders-v1": 500_000},
         "seeds": 3,
     },
+    "pendulum": {
+        "algos": ["sac", "msac", "sql", "mpo", "rerpi"],
+        "envs": {"Pendulum-v1": 20_000},
+        "seeds": 5,
+    },
+    "halfcheetah": {
+        "algos": ["sac", "msac", "mpo", "rerpi"],
+        "envs": {"HalfCheetah-v5": 100_000},
+        "seeds": 3,
+    },
 }
 N_CURVE_POINTS, N_CURVE_EPISODES, N_FINAL_EPISODES, N_EVAL_ENVS = 20, 20, 100, 20
 
@@ -52,6 +62,8 @@ def build(algo: str, env_id: str, seed: int, n_timesteps: int, log_folder: str) 
     config = None
     if algo == "dqn" and env_id.startswith("MinAtar"):
         config = dqn_config(sb3_softq.zoo.default_config("mdqn"), env_id, log_folder)
+    elif algo == "sac" and env_id.endswith("-v5"):
+        config = sac_config(env_id, log_folder)
     with contextlib.redirect_stdout(io.StringIO()):  # the manager prints the settings, which are in the row
         manager = ExperimentManager(
             args,
@@ -84,6 +96,16 @@ def dqn_config(mdqn_config: Path, env_id: str, folder: str) -> str:
         "from sb3_softq.value_based.policies import SmallImageCNN\n"
         f"hyperparams = {{{env_id!r}: {{**{settings!r}, 'policy_kwargs': {policy_kwargs}}}}}\n"
     )
+    return str(path)
+
+
+def sac_config(env_id: str, folder: str) -> str:
+    """The zoo names MuJoCo's environments of version 4 only: version 5 gets these settings."""
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    zoo = Path(ExperimentManager(argparse.Namespace(), "sac", env_id, folder, verbose=0).config)
+    path = Path(folder) / "sac.yml"
+    path.write_text(yaml.safe_dump({env_id: yaml.safe_load(zoo.read_text())[env_id.replace("-v5", "-v4")]}))
     return str(path)
 
 

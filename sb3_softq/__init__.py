@@ -2,6 +2,7 @@
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_softq.actor_critic import MPO, RERPI, MunchausenSAC, SoftQLearning
 from sb3_softq.diagnostics import DivergenceError
 from sb3_softq.value_based import (
     CVI,
@@ -27,19 +28,27 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
     "modqn": MomentumDQN,
     "mddqn": MirrorDescentDQN,
     "sacd": SACDiscrete,
+    "msac": MunchausenSAC,
+    "sql": SoftQLearning,
+    "mpo": MPO,
+    "rerpi": RERPI,
 }
 
 __all__ = [
     "ALGOS",
     "CVI",
     "DPP",
+    "MPO",
+    "RERPI",
     "SQN",
     "DivergenceError",
     "MirrorDescentDQN",
     "MomentumDQN",
     "MunchausenDQN",
     "MunchausenIQN",
+    "MunchausenSAC",
     "SACDiscrete",
     "SoftDQN",
+    "SoftQLearning",
     "__version__",
 ]

@@ -57,13 +57,30 @@ def find_divergence(
     :param num_timesteps: environment steps so far
     :return: the error, to be raised
     """
+    return name_divergence(
+        replay_data, {"action values": q_values, "targets": targets, "loss": loss}, n_updates, num_timesteps
+    )
+
+
+def name_divergence(
+    replay_data: ReplayBufferSamples, computed: dict[str, th.Tensor], n_updates: int, num_timesteps: int
+) -> DivergenceError:
+    """
+    As :func:`find_divergence`, for any quantities.
+
+    :param replay_data: the minibatch
+    :param computed: what was computed from it, in that order: name -> tensor
+    :param n_updates: gradient steps so far
+    :param num_timesteps: environment steps so far
+    :return: the error, to be raised
+    """
     quantities: dict[str, th.Tensor] = {}
     for name in ("observations", "next_observations"):
         values = getattr(replay_data, name)
         quantities |= (
             {f"{name}[{key!r}]": value for key, value in values.items()} if isinstance(values, dict) else {name: values}
         )
-    quantities |= {"rewards": replay_data.rewards, "action values": q_values, "targets": targets, "loss": loss}
+    quantities |= {"rewards": replay_data.rewards, **computed}
     broken = [name for name, value in quantities.items() if not bool(th.isfinite(value).all())]
     return DivergenceError(
         f"The {broken[0] if broken else 'gradient'} of update {n_updates + 1}, at step {num_timesteps}, is not finite. "

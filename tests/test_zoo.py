@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import yaml
+from helpers import VALUE_BASED
 
 import sb3_softq
 from sb3_softq import ALGOS
@@ -260,7 +261,7 @@ def test_record_training(folder: Path) -> None:
 
 
 @pytest.mark.expensive
-@pytest.mark.parametrize("algo", ALGOS)
+@pytest.mark.parametrize("algo", VALUE_BASED)
 def test_atari(algo: str, tmp_path: Path) -> None:
     pytest.importorskip("ale_py")
     train(algo, env="PongNoFrameskip-v4", n=100, folder=tmp_path)
@@ -345,7 +346,7 @@ def test_environment_without_settings(tmp_path: Path) -> None:
     assert model.gamma == 0.9
 
 
-@pytest.mark.parametrize("algo", ALGOS)
+@pytest.mark.parametrize("algo", VALUE_BASED)
 def test_settings_name_arguments_of_the_constructor(algo: str) -> None:
     environments = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3", "atari"]
     environments += [f"MinAtar/{game}-v1" for game in MINATAR_GAMES]
@@ -357,7 +358,7 @@ def test_settings_name_arguments_of_the_constructor(algo: str) -> None:
         assert settings.keys() >= {"n_timesteps", "policy"}, env_id
 
 
-@pytest.mark.parametrize("algo", ALGOS)
+@pytest.mark.parametrize("algo", VALUE_BASED)
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3", "MinAtar/Seaquest-v1"])
 def test_settings_build_a_model(algo: str, env_id: str, tmp_path: Path) -> None:
     pytest.importorskip({"LunarLander-v3": "Box2D", "MinAtar/Seaquest-v1": "minatar"}.get(env_id, "gymnasium"))
@@ -367,7 +368,7 @@ def test_settings_build_a_model(algo: str, env_id: str, tmp_path: Path) -> None:
             assert getattr(model, name) == settings[name]
 
 
-@pytest.mark.parametrize("algo", ALGOS)
+@pytest.mark.parametrize("algo", VALUE_BASED)
 def test_sampled_parameters_are_accepted_and_found_again(algo: str) -> None:
     own_parameters = {
         "softdqn": {"temperature", "double_q", "exploration"},

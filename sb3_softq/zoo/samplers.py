@@ -1,7 +1,8 @@
 """
 Search spaces for rl_zoo3's ``-optimize``.
 
-The value-based algorithms share upstream's space for DQN; each adds the pieces that are its own in ``SAMPLERS``. A sampled
+The value-based algorithms share upstream's space for DQN, the actor-critics that for SAC; each adds the pieces that are its
+own in ``SAMPLERS``. A sampled
 value gets its final form in the converter alone, so that ``--trial-id`` finds in the study exactly what was trained.
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optuna import Trial
-from rl_zoo3.hyperparams_opt import convert_offpolicy_params, sample_dqn_params
+from rl_zoo3.hyperparams_opt import convert_offpolicy_params, sample_dqn_params, sample_sac_params
 
 Sampler = Callable[[Trial, int, int, dict[str, Any]], dict[str, Any]]
 
@@ -106,6 +107,64 @@ def value_based_sampler(*own_parameters: Callable[[Trial], None]) -> Sampler:
     return sample
 
 
+def munchausen_bound(trial: Trial) -> None:
+    trial.suggest_float("munchausen_alpha", 0.0, 0.99)
+    trial.suggest_float("munchausen_bound", 0.1, 10.0, log=True)
+
+
+def soft_q_learning(trial: Trial) -> None:
+    trial.suggest_float("temperature", 0.003, 3.0, log=True)
+    trial.suggest_categorical("value_proposal", ["uniform", "policy"])
+
+
+def trust_region(trial: Trial) -> None:
+    # The bounds, not the multipliers, which are learned from these
+    trial.suggest_float("epsilon_mean", 1e-3, 0.3, log=True)
+    trial.suggest_float("epsilon_covariance", 1e-5, 1e-2, log=True)
+    trial.suggest_categorical("target_update_interval", [25, 50, 100, 200, 400])
+
+
+def e_step(trial: Trial) -> None:
+    trial.suggest_float("epsilon", 0.01, 1.0, log=True)
+
+
+def weighting(trial: Trial) -> None:
+    trial.suggest_categorical("weighting", ["rank", "exponential", "identity"])
+
+
+def convert_actor_critic_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Turn the parameters of a trial into arguments of a constructor.
+
+    :param sampled_params: What the sampler suggested, as the study stores it
+    :return: Arguments of the algorithm
+    """
+    hyperparams = convert_offpolicy_params(sampled_params)
+    if "munchausen_bound" in hyperparams:
+        bound = hyperparams.pop("munchausen_bound")
+        hyperparams["munchausen_clip"] = (-bound, bound)
+    if "target_update_interval" in hyperparams:
+        # Searched over, for full copies
+        hyperparams["tau"] = 1.0
+    return hyperparams
+
+
+def actor_critic_sampler(*own_parameters: Callable[[Trial], None]) -> Sampler:
+    """
+    :param own_parameters: What the algorithm has beyond SAC, each a function that suggests values to a trial
+    :return: Sampler for rl_zoo3
+    """
+
+    def sample(trial: Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+        # The settings of a hindsight buffer stay as the settings file has them
+        sample_sac_params(trial, n_actions, n_envs, {**additional_args, "using_her_replay_buffer": False})
+        for suggest in own_parameters:
+            suggest(trial)
+        return convert_actor_critic_params(trial.params)
+
+    return sample
+
+
 SAMPLERS: dict[str, Sampler] = {
     "softdqn": value_based_sampler(temperature, exploration, double_q),
     "sqn": value_based_sampler(learned_temperature, exploration),
@@ -117,4 +176,14 @@ SAMPLERS: dict[str, Sampler] = {
     "mddqn": value_based_sampler(mirror_descent, exploration),
     "sacd": value_based_sampler(learned_ent_coef, discrete_sac),
 }
-CONVERTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = dict.fromkeys(SAMPLERS, convert_value_based_params)
+ACTOR_CRITIC_SAMPLERS: dict[str, Sampler] = {
+    "msac": actor_critic_sampler(munchausen_bound),
+    "sql": actor_critic_sampler(soft_q_learning),
+    "mpo": actor_critic_sampler(trust_region, e_step),
+    "rerpi": actor_critic_sampler(trust_region, e_step, weighting),
+}
+CONVERTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    **dict.fromkeys(SAMPLERS, convert_value_based_params),
+    **dict.fromkeys(ACTOR_CRITIC_SAMPLERS, convert_actor_critic_params),
+}
+SAMPLERS.update(ACTOR_CRITIC_SAMPLERS)
