@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_softq import ALGOS, MomentumDQN
+from sb3_softq import ALGOS, MomentumDQN, MunchausenIQN
 from sb3_softq.value_based.base import ValueBasedAlgorithm
 
 # zoo key -> class; an algorithm joins the tests of the family when it joins ALGOS
@@ -230,3 +230,5 @@ def variants():
 
 
 VARIANTS = variants()
+# Those whose targets are one number for each sample, not quantiles
+SCALAR_VARIANTS = {name: variant for name, variant in VARIANTS.items() if variant[0] is not MunchausenIQN}

@@ -342,7 +342,7 @@ def test_entropy_is_that_of_the_acting_policy_at_the_sampled_states():
     model = make(SQN, temperature="auto_0.2")
     model.temperature_module.optimizer = th.optim.SGD([model.temperature_module.log_temperature], lr=1.0)
     set_random_seed(3)
-    replay_data = model.replay_buffer.sample(64)
+    replay_data = model._sample(64)
     probabilities = model.action_probs(replay_data.observations.numpy())
     entropies = -(probabilities * np.log(probabilities)).sum(axis=1)
     before = model.temperature_module.log_temperature.item()

@@ -9,8 +9,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import (
+    SCALAR_VARIANTS,
     VALUE_BASED,
-    VARIANTS,
     VECTOR,
     MaskedEnv,
     RecordedEnv,
@@ -32,7 +32,7 @@ contrib = pytest.importorskip("sb3_contrib")
 DISCRETE, HEADS, BITS = spaces.Discrete(4), spaces.MultiDiscrete([2, 5, 3]), spaces.MultiBinary(3)
 DICT = spaces.Dict(vector=VECTOR, number=spaces.Discrete(4))
 EXPLORATIONS = ("boltzmann", "eps_greedy", "boltzmann_eps")
-each_variant = pytest.mark.parametrize(("algorithm", "kwargs"), VARIANTS.values(), ids=VARIANTS)
+each_variant = pytest.mark.parametrize(("algorithm", "kwargs"), SCALAR_VARIANTS.values(), ids=SCALAR_VARIANTS)
 each_space = pytest.mark.parametrize("action_space", [DISCRETE, HEADS, BITS], ids=["discrete", "heads", "bits"])
 
 
@@ -124,7 +124,7 @@ def test_a_sample_has_the_masks_of_its_transition(algorithm):
     env = vec_env(HEADS)
     model = make_model(algorithm, env).learn(80)
     steps = {step["obs"].tobytes(): step for history in env.get_attr("history") for step in history}
-    samples = model.replay_buffer.sample(30)
+    samples = model._sample(30)
     for obs, mask in zip(samples.observations, samples.extras["action_masks"], strict=True):
         np.testing.assert_array_equal(mask, padded(steps[obs.numpy().tobytes()]["mask"], HEADS))
 
@@ -251,7 +251,7 @@ def targets(model, replay_data):
 def test_invalid_values_change_nothing(algorithm, kwargs, factorisation):
     # Of a state whose mask leaves action 0 alone, no value of another action enters anything
     model = make_model(algorithm, vec_env(HEADS), factorisation=factorisation, **kwargs).learn(60)
-    replay_data = model.replay_buffer.sample(30)
+    replay_data = model._sample(30)
     first = th.as_tensor(padded(np.array([1, 0, 1, 0, 0, 0, 0, 1, 0, 0]), HEADS)).expand(30, -1).contiguous()
     replay_data = replay_data._replace(
         actions=replay_data.actions * 0, extras=dict(action_masks=first, next_action_masks=first)
@@ -320,7 +320,7 @@ def test_target_entropy_is_a_fraction_of_that_of_the_valid_actions(algorithm, ac
     )
     model.temperature_module.optimizer = th.optim.SGD([model.temperature_module.log_temperature], lr=1e-3)
     set_random_seed(3)
-    samples = model.replay_buffer.sample(64)
+    samples = model._sample(64)
     gaps = []
     for obs, mask in zip(samples.observations.numpy(), samples.extras["action_masks"].numpy(), strict=True):
         flat = mask[model.layout.columns]

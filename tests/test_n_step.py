@@ -13,7 +13,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import (
-    VARIANTS,
+    SCALAR_VARIANTS,
     VECTOR,
     Float64Extractor,
     MaskedEnv,
@@ -41,7 +41,7 @@ DICT = spaces.Dict(vector=VECTOR, number=spaces.Discrete(4))
 HEADS = spaces.MultiDiscrete([2, 5, 3])
 
 pytestmark = pytest.mark.usefixtures("float64")
-each_variant = pytest.mark.parametrize(("algorithm", "kwargs"), VARIANTS.values(), ids=VARIANTS)
+each_variant = pytest.mark.parametrize(("algorithm", "kwargs"), SCALAR_VARIANTS.values(), ids=SCALAR_VARIANTS)
 
 
 class Float64Combined(CombinedExtractor):
@@ -211,9 +211,9 @@ def rows_of(observations):
 def check_against_slow_loop(model, env, n=40):
     vec_normalize = env if isinstance(env, VecNormalize) else None
     set_random_seed(3)
-    observations = rows_of(model.replay_buffer.sample(n).observations)
+    observations = rows_of(model._sample(n).observations)
     set_random_seed(3)
-    replay_data = model.replay_buffer.sample(n, env=vec_normalize)
+    replay_data = model._extend(model.replay_buffer.sample(n, env=vec_normalize))
     loop = SlowLoop(model, env)
     expected = np.concatenate([loop.target(obs) for obs in observations])
     # SB3 normalises the last observation of an episode and takes that back, in float32
@@ -306,7 +306,7 @@ def test_without_bonus_it_is_sb3s_form(algorithm, kwargs, n_envs):
     model.replay_buffer.add = add_to_both
     model.learn(80)
     set_random_seed(3)
-    replay_data = model.replay_buffer.sample(40)
+    replay_data = model._sample(40)
     assert replay_data.steps is None
     set_random_seed(3)
     theirs = sb3.sample(40)
@@ -320,7 +320,7 @@ def test_without_bonus_it_is_sb3s_form(algorithm, kwargs, n_envs):
     np.testing.assert_allclose(targets_of(model, replay_data), expected.squeeze(1), rtol=1e-6, atol=1e-6)
     with_bonus = make(algorithm, make_env(n_envs=n_envs), steps=80, buffer_size=50, **kwargs)
     set_random_seed(3)
-    segments = with_bonus.replay_buffer.sample(40)
+    segments = with_bonus._sample(40)
     assert np.abs(targets_of(with_bonus, segments) - targets_of(model, replay_data)).max() > 0.05
 
 
@@ -331,7 +331,7 @@ def test_one_step_is_one_step_whatever_its_form(algorithm, options):
         model = make(algorithm, make_env(), n_steps=1, learning_starts=20, train_freq=1, **form)
         before = snapshot(model)
         learned.append(snapshot(model.learn(60)))
-        assert model.replay_buffer.sample(2).steps is None
+        assert model._sample(2).steps is None
     assert_same(*learned)
     assert not is_same(before["policy"], learned[0]["policy"])
 
@@ -349,7 +349,7 @@ def test_segments_of_one_step_are_one_step_targets(algorithm, kwargs, tree_backu
     targets = []
     for model in (one, many):
         set_random_seed(3)
-        targets.append(targets_of(model, model.replay_buffer.sample(40)))
+        targets.append(targets_of(model, model._sample(40)))
     np.testing.assert_allclose(*targets, rtol=1e-6, atol=1e-7)  # one step's discount is in the float32 of the buffer
 
 
@@ -414,7 +414,7 @@ def test_a_loaded_buffer_samples_the_segments_of_the_model(algorithm, tmp_path):
     make(algorithm, make_env(), steps=40, n_steps=1).save_replay_buffer(tmp_path / "buffer")
     model = make(algorithm, make_env(), n_steps=3, tree_backup=True)
     model.load_replay_buffer(tmp_path / "buffer")
-    steps = model.replay_buffer.sample(5).steps
+    steps = model._sample(5).steps
     assert steps is not None and steps["rewards"].shape == (5, 3)
 
 

@@ -218,5 +218,7 @@ class MirrorDescentDQN(ValueBasedAlgorithm):
 
     def _maximiser(self, previous: th.Tensor, q_values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
         """Log-probabilities of the policy that the greedy step is about."""
-        log_previous = self._log_policy(previous, None)
+        log_previous = self._log_policy(previous, mask)
+        if mask is not None:
+            log_previous = log_previous.masked_fill(~mask, 0.0)  # before the product: 0 * -inf is no number
         return operators.scaled_log_policy(self._momentum * log_previous + q_values / self.current_temperature, 1.0, mask)

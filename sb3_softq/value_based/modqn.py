@@ -169,7 +169,8 @@ class MomentumDQN(ValueBasedAlgorithm):
             # h <- momentum * h + (1 - momentum) * q, where h is the target network's
             old_averages = self.layout.rows(self.q_net_target.networks[-1](replay_data.observations))
             old_averages = self._joint(old_averages.gather(1, actions))
-            momentum = self._per_target(replay_data.extras["momentum"])
+            extras = getattr(replay_data, "extras", None) or {}
+            momentum = self._per_target(extras["momentum"]) if "momentum" in extras else self._current_momentum()
             new = current_q_values if self.averaged == "q_values" else targets
             target_averages = momentum * old_averages + (1 - momentum) * new
         losses = F.smooth_l1_loss(current_q_values, targets, reduction="none")
