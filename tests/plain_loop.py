@@ -26,7 +26,7 @@ def plain_updates(model, minibatches):
         optimizer.step()
         if temperature.learned:
             mask = model._mask_rows(replay_data)
-            temperature.learn(operators.entropy(q_values, model.current_temperature, mask), learning_rate, mask)
+            temperature.learn(operators.entropy(q_values, model._acting_temperature, mask), learning_rate, mask)
 
 
 def plain_target_update(model):
