@@ -211,7 +211,7 @@ def rows_of(observations):
 def check_against_slow_loop(model, env, n=40):
     vec_normalize = env if isinstance(env, VecNormalize) else None
     set_random_seed(3)
-    observations = rows_of(model._sample(n).observations)
+    observations = rows_of(model.replay_buffer.sample(n).observations)
     set_random_seed(3)
     replay_data = model._extend(model.replay_buffer.sample(n, env=vec_normalize))
     loop = SlowLoop(model, env)
