@@ -41,7 +41,7 @@ class Samples(NamedTuple):
     rewards: th.Tensor
     #: ``gamma ** length`` of segments, ``(batch_size, 1)``; None for single steps
     discounts: th.Tensor | None = None
-    #: what else was stored with the transition; of a segment, with its first step, and with its last what is called next_...
+    #: what else was stored with the transition: of a segment, with its first step, but ``next_...`` with its last
     extras: dict[str, th.Tensor] | None = None
     #: the steps of segments: ``rewards`` and ``valid`` of all n (``(batch_size, n)``), ``observations``, ``actions`` and the
     #: extras of all but the first (``(batch_size, n - 1, ...)``)

@@ -223,7 +223,7 @@ def test_sampler_recovers_a_density(centers, scale, record_property):
         samples = model.policy.actor(th.zeros(1, 4), model.policy.actor.draw_noise(1, 5000)).tanh().flatten().numpy()
     density = _Density(centers, scale, 0)
     distance = kolmogorov_smirnov(samples, lambda a: density(th.as_tensor(a, dtype=th.float32))[:, 0].numpy())
-    record_property("Kolmogorov-Smirnov distance", distance)
+    record_property("Kolmogorov-Smirnov distance", float(distance))
     print(f"Kolmogorov-Smirnov distance: {distance:.3f}")
     assert distance < 0.1
     if len(centers) == 2:

@@ -374,6 +374,12 @@ def test_sampled_parameters_are_accepted_and_found_again(algo: str) -> None:
         "softdqn": {"temperature", "double_q", "exploration"},
         "sqn": {"temperature", "target_entropy", "exploration"},
         "mdqn": {"temperature", "munchausen_alpha", "munchausen_clip", "exploration"},
+        "miqn": {"temperature", "munchausen_alpha", "munchausen_clip", "n_quantiles", "exploration"},
+        "dpp": {"temperature", "operator", "gap_clip", "exploration"},
+        "cvi": {"temperature", "munchausen_alpha", "exploration"},
+        "modqn": {"momentum", "temperature", "exploration"},
+        "mddqn": {"kl_coef", "ent_coef", "greedy_step", "regularised_evaluation", "exploration"},
+        "sacd": {"ent_coef", "target_entropy", "entropy_penalty", "average_q", "munchausen_alpha"},
     }
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(10):

@@ -98,6 +98,8 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     }
     # Whether temperature="auto" is possible
     learns_temperature: ClassVar[bool] = False
+    # What the constructor calls the temperature
+    temperature_name: ClassVar[str] = "temperature"
     # Whether the agent acts on action values, not on another network
     acts_on_q_values: ClassVar[bool] = True
     # Whether updates run on flat tensors where they can; the plain path is there to compare with
@@ -281,8 +283,8 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             saved = any(name.startswith("temperature_module") for name in load_path_or_dict)
             if saved != self.temperature_module.learned:
                 raise ValueError(
-                    f"temperature={self.temperature!r} is {'not ' if saved else ''}learned, but that of the parameters is"
-                    f"{'' if saved else ' not'}: pass the kind of temperature that was saved"
+                    f"{self.temperature_name}={self.temperature!r} is {'not ' if saved else ''}learned, but that of the "
+                    f"parameters is{'' if saved else ' not'}: pass the kind of temperature that was saved"
                 )
         super().set_parameters(load_path_or_dict, exact_match, device)
 

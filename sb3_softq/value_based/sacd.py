@@ -44,6 +44,7 @@ class SACDiscrete(ValueBasedAlgorithm):
         "MultiInputPolicy": TwinActorMultiInputQPolicy,
     }
     learns_temperature = True
+    temperature_name = "ent_coef"
     acts_on_q_values = False
     policy: TwinActorQPolicy
     q_net: QNetworks  # type: ignore[assignment]

@@ -51,7 +51,8 @@ def mirror_descent(trial: Trial) -> None:
 
 
 def quantiles(trial: Trial) -> None:
-    trial.suggest_categorical("n_quantiles", [8, 32, 64])
+    # Not by its own name, which upstream takes for an argument of the policy
+    trial.suggest_categorical("quantiles", [8, 32, 64])
 
 
 def learned_ent_coef(trial: Trial) -> None:
@@ -83,6 +84,8 @@ def convert_value_based_params(sampled_params: dict[str, Any]) -> dict[str, Any]
     hyperparams = convert_offpolicy_params(sampled_params)
     # `target_update_interval` is searched over: the interval of full copies, also where the settings file has Polyak updates
     hyperparams["tau"] = 1.0
+    if "quantiles" in hyperparams:
+        hyperparams["n_quantiles"] = hyperparams.pop("quantiles")
     if "one_minus_momentum" in hyperparams:
         hyperparams["momentum"] = 1 - hyperparams.pop("one_minus_momentum")
     for name in ("temperature", "ent_coef", "target_entropy"):
