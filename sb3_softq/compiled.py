@@ -300,7 +300,8 @@ class CompiledTraining:
         assert model.replay_buffer is not None and isinstance(updater, FlatUpdater)
         # A sample to compile with must not change which ones are drawn to train with
         random_state = np.random.get_state()
-        samples = model._sample(n_batches * batch_size)
+        with th.random.fork_rng():
+            samples = model._sample(n_batches * batch_size)
         np.random.set_state(random_state)
         try:
             update = CompiledUpdate(model, updater, samples, n_batches)

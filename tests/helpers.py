@@ -37,7 +37,9 @@ def make_model(algorithm, env="CartPole-v1", policy="MlpPolicy", **kwargs):
         kwargs["ent_coef"] = value
     if algorithm is MomentumDQN and kwargs.get("exploration") == "boltzmann":
         kwargs.setdefault("temperature", 0.1)  # it has none by default
-    model = algorithm(policy, env, **{**QUICK, **kwargs})
+    kwargs = {**QUICK, **kwargs}
+    kwargs["policy_kwargs"] = dict(kwargs["policy_kwargs"] or {})  # SB3's SAC writes into what it is given
+    model = algorithm(policy, env, **kwargs)
     model.set_logger(configure(format_strings=[]))
     return model
 

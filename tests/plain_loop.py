@@ -37,15 +37,15 @@ def plain_target_update(model):
 
 def record_minibatches(model):
     """The minibatches that are sampled, in their order, however many are sampled at once."""
-    minibatches, sample = [], model.replay_buffer.sample
+    minibatches, sample = [], model._sample
 
-    def recorded(n_samples, env=None):
-        samples = sample(n_samples, env=env)
+    def recorded(n_samples):
+        samples = sample(n_samples)
         for rows in th.arange(n_samples).split(BATCH_SIZE):
             minibatches.append(tree_map(lambda field: None if field is None else field[rows], samples))  # noqa: B023
         return samples
 
-    model.replay_buffer.sample = recorded
+    model._sample = recorded
     return minibatches
 
 

@@ -179,6 +179,7 @@ def test_terminations_matter():
     assert np.abs(difference).max() > 0.1
 
 
+@pytest.mark.parametrize("algorithm", [SoftDQN, SQN, MunchausenDQN])
 def test_learn_reaches_the_fixed_point_from_its_own_experience(algorithm):
     # Nothing is set up here but the environment: exploration, sampling and target updates are those of learn()
     mdp = MDPS["deterministic"]

@@ -31,7 +31,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_softq import SQN, MunchausenDQN, SoftDQN
+from sb3_softq import DPP, SQN, MomentumDQN, MunchausenDQN, MunchausenIQN, SoftDQN
 from sb3_softq.actions import TerminalActionMasks
 from sb3_softq.replay import Samples
 
@@ -42,6 +42,9 @@ HEADS = spaces.MultiDiscrete([2, 5, 3])
 
 pytestmark = pytest.mark.usefixtures("float64")
 each_variant = pytest.mark.parametrize(("algorithm", "kwargs"), SCALAR_VARIANTS.values(), ids=SCALAR_VARIANTS)
+# DPP has no exact values: its preferences fall for ever
+CONTRACTIONS = {name: variant for name, variant in SCALAR_VARIANTS.items() if variant[0] is not DPP}
+each_contraction = pytest.mark.parametrize(("algorithm", "kwargs"), CONTRACTIONS.values(), ids=CONTRACTIONS)
 
 
 class Float64Combined(CombinedExtractor):
@@ -321,11 +324,15 @@ def test_without_bonus_it_is_sb3s_form(algorithm, kwargs, n_envs):
     with_bonus = make(algorithm, make_env(n_envs=n_envs), steps=80, buffer_size=50, **kwargs)
     set_random_seed(3)
     segments = with_bonus._sample(40)
-    assert np.abs(targets_of(with_bonus, segments) - targets_of(model, replay_data)).max() > 0.05
+    # A greedy policy without a bonus is not regularised
+    regularised = algorithm is not MomentumDQN
+    assert (np.abs(targets_of(with_bonus, segments) - targets_of(model, replay_data)).max() > 0.05) == regularised
 
 
 @pytest.mark.parametrize("options", [dict(n_step_bonus=False), dict(tree_backup=True)])
 def test_one_step_is_one_step_whatever_its_form(algorithm, options):
+    if not all(has_parameter(algorithm, name) for name in options):
+        return
     learned = []
     for form in ({}, options):
         model = make(algorithm, make_env(), n_steps=1, learning_starts=20, train_freq=1, **form)
@@ -367,6 +374,8 @@ def test_segments_are_those_of_each_environment(algorithm):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_new_call_of_learn_ends_the_segment(algorithm, masked):
+    if algorithm is MunchausenIQN:
+        return  # the same buffer; its targets are no single numbers
     # The environments are reset between the calls, in the middle of their episodes
     env = make_env(n_envs=2, masked=masked, end=0.0)
     model = make(algorithm, env, n_steps=4, train_freq=1)
@@ -411,6 +420,8 @@ def test_episodes_that_go_on_in_the_next_call_of_learn(algorithm):
 
 
 def test_a_loaded_buffer_samples_the_segments_of_the_model(algorithm, tmp_path):
+    if not has_parameter(algorithm, "tree_backup"):
+        return
     make(algorithm, make_env(), steps=40, n_steps=1).save_replay_buffer(tmp_path / "buffer")
     model = make(algorithm, make_env(), n_steps=3, tree_backup=True)
     model.load_replay_buffer(tmp_path / "buffer")
@@ -483,7 +494,7 @@ def exact_model(algorithm, n_steps, tree_backup, **kwargs):
     return model, table
 
 
-@each_variant
+@each_contraction
 def test_tree_backup_of_exact_values_is_exact_along_any_actions(algorithm, kwargs):
     model, table = exact_model(algorithm, 4, tree_backup=True, **kwargs)
     sequences = np.array(list(itertools.product(range(N_STATES), *[range(N_ACTIONS)] * 4)))
@@ -492,7 +503,7 @@ def test_tree_backup_of_exact_values_is_exact_along_any_actions(algorithm, kwarg
     np.testing.assert_allclose(targets_of(model, replay_data), table[sequences[:, 0], sequences[:, 1]], **ROUNDING)
 
 
-@each_variant
+@each_contraction
 @pytest.mark.parametrize("n_steps", [2, 3])
 def test_returns_of_exact_values_are_exact_on_average_over_the_policy(algorithm, kwargs, n_steps):
     model, table = exact_model(algorithm, n_steps, tree_backup=False, **kwargs)
