@@ -1,5 +1,6 @@
 """Discrete, MultiDiscrete and MultiBinary actions as one layout: heads of equal width, and the masks of valid actions."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +119,17 @@ class ActionLayout:
         if self.is_discrete:
             return actions.cpu().numpy()
         return actions.cpu().numpy().reshape(-1, *self.shape).astype(self.dtype)  # type: ignore[misc]
+
+
+def greedy_actions(rows: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    """
+    The best valid action of each row.
+
+    :param rows: ``(n_rows, n_actions)``
+    :param mask: valid actions, ``(n_rows, n_actions)``, or None for all
+    :return: ``(n_rows,)``
+    """
+    return (rows if mask is None else rows.masked_fill(~mask, -math.inf)).argmax(dim=1)
 
 
 def _head_sizes(action_space: spaces.Space) -> tuple[list[int], list[int]]:

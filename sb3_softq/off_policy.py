@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -119,6 +120,11 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     # ------------------------------------------------------------------ learning
+
+    def _record(self, metrics: dict[str, th.Tensor]) -> None:
+        """Log tensors without dimensions under ``train/``, with one read from the device."""
+        for name, value in zip(metrics, th.stack(list(metrics.values())).tolist(), strict=True):
+            self.logger.record(f"train/{name}", value)
 
     def learn(
         self: SelfRegularisedAlgorithm,

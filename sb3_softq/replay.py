@@ -25,6 +25,15 @@ except ImportError:  # an extra of SB3's
 MINIMUM_CAPACITY = 1024
 
 
+def n_states(observations: PyTorchObs) -> int:
+    """
+    Number of states in a batch of observations.
+
+    :param observations: a tensor, or a dict of them
+    """
+    return len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
+
+
 class Samples(NamedTuple):
     """
     A minibatch: the fields of SB3's samples, and two that only the buffers here have.

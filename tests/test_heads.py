@@ -232,7 +232,7 @@ def test_heads_are_a_table_of_the_joint_actions(algorithm, kwargs, factorisation
     masks = next_masks = None
     if masked:
         masks, next_masks = (random_masks(model, replay_data, seed) for seed in (0, 1))
-        replay_data = replay_data._replace(extras=dict(action_masks=masks, next_action_masks=next_masks))
+        replay_data = model._extend(replay_data._replace(extras=dict(action_masks=masks, next_action_masks=next_masks)))
     with th.no_grad():
         expected, numbers = brute_force(model, replay_data, *(None if m is None else list(m) for m in (masks, next_masks)))
         targets = model._compute_targets(replay_data)[0].squeeze(1)

@@ -10,6 +10,7 @@ from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_softq import operators
 from sb3_softq.checks import check_integer
 from sb3_softq.diagnostics import name_divergence
 from sb3_softq.off_policy import RegularisedAlgorithm
@@ -138,11 +139,9 @@ class ActorCriticAlgorithm(RegularisedAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if not metrics:
             return
-        values = th.stack([th.stack([one[name] for one in metrics]).mean() for name in metrics[0]])
-        for name, value in zip(metrics[0], values.tolist(), strict=True):
-            self.logger.record(f"train/{name}", value)
+        self._record({name: th.stack([one[name] for one in metrics]).mean() for name in metrics[0]})
 
     def _bellman_target(self, replay_data: ReplayBufferSamples, next_values: th.Tensor) -> th.Tensor:
         """``rewards + discount * (1 - done) * next_values``, for one-step and n-step minibatches."""
         discounts: Any = self.gamma if replay_data.discounts is None else replay_data.discounts
-        return replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
+        return operators.bellman_target(replay_data.rewards, replay_data.dones, discounts, next_values)

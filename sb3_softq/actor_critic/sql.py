@@ -14,6 +14,7 @@ from sb3_softq import losses
 from sb3_softq.actor_critic.base import ActorCriticAlgorithm
 from sb3_softq.actor_critic.policies import CnnSoftQPolicy, MultiInputSoftQPolicy, SoftQPolicy, sampled_q_values
 from sb3_softq.checks import check_choice, check_integer
+from sb3_softq.replay import n_states
 from sb3_softq.temperature import Temperature
 
 PROPOSALS = ("uniform", "policy")
@@ -198,8 +199,7 @@ class SoftQLearning(ActorCriticAlgorithm):
             ``(batch_size, n_value_particles)``
         """
         actor = self.policy.actor
-        first = next(iter(observations.values())) if isinstance(observations, dict) else observations
-        noise = actor.draw_noise(len(first), self.n_value_particles)
+        noise = actor.draw_noise(n_states(observations), self.n_value_particles)
         if self.value_proposal == "uniform":
             actions = th.empty_like(noise).uniform_(-1, 1)
             return actions, th.full_like(actions[..., 0], -actor.noise_dim * math.log(2))
@@ -219,13 +219,13 @@ class SoftQLearning(ActorCriticAlgorithm):
         :return: twice ``(batch_size, n_updated_particles, action_dim)``
         """
         actor = self.policy.actor
-        first = next(iter(observations.values())) if isinstance(observations, dict) else observations
+        n_rows = n_states(observations)
         with th.no_grad():
-            fixed = actor(observations, actor.draw_noise(len(first), self.n_fixed_particles))
+            fixed = actor(observations, actor.draw_noise(n_rows, self.n_fixed_particles))
         fixed.requires_grad_()
         q_values = sampled_q_values(self.policy.critic, observations, fixed.tanh()).amin(dim=0)
         # Density of the policy before squashing, where it has no edges
         log_density = q_values / self.current_temperature + losses.squash_log_det(fixed)
         (scores,) = th.autograd.grad(log_density.sum(), fixed)
-        updated = actor(observations, actor.draw_noise(len(first), self.n_updated_particles))
+        updated = actor(observations, actor.draw_noise(n_rows, self.n_updated_particles))
         return updated, losses.stein_direction(fixed.detach(), scores, updated.detach())

@@ -24,6 +24,7 @@ from sb3_softq.actions import (
     action_masks,
     check_mask,
     check_valid,
+    greedy_actions,
     has_action_masks,
 )
 from sb3_softq.checks import check_bool, check_choice, check_integer, check_number
@@ -31,7 +32,7 @@ from sb3_softq.compiled import CompiledTraining
 from sb3_softq.diagnostics import find_divergence, policy_statistics
 from sb3_softq.flat import FlatUpdater, Updater
 from sb3_softq.off_policy import RegularisedAlgorithm
-from sb3_softq.replay import GrowingStorage, split_samples
+from sb3_softq.replay import GrowingStorage, Samples, split_samples
 from sb3_softq.temperature import Temperature
 from sb3_softq.value_based.n_step import concatenate, n_step_targets
 from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QNetwork, QPolicy, is_vector_space
@@ -44,6 +45,11 @@ REPORT_INTERVAL = 16
 
 EXPLORATIONS = ("boltzmann", "eps_greedy", "boltzmann_eps")
 FACTORISATIONS = ("sum", "independent")
+
+
+def _extras(samples: Any) -> dict[str, th.Tensor]:
+    """The extras of samples; nothing for those of SB3's buffers, which have none."""
+    return getattr(samples, "extras", None) or {}
 
 
 class ValueBasedAlgorithm(RegularisedAlgorithm):
@@ -196,7 +202,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
                 f"{type(self).__name__} takes Discrete, MultiDiscrete or MultiBinary actions, not action_space="
                 f"{self.action_space}: for Box actions use an actor-critic algorithm, such as stable_baselines3.SAC"
             )
-        ActionLayout(self.action_space)
+        self.layout = ActionLayout(self.action_space)
         super()._check_arguments()
         check_integer("target_update_interval", self.target_update_interval, 1)
         check_choice("exploration", self.exploration, EXPLORATIONS)
@@ -222,8 +228,6 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _setup_model(self) -> None:
         self._masking = has_action_masks(self.env)
         self._masks: np.ndarray | None = None
-        self._check_arguments()
-        self.layout = ActionLayout(self.action_space)
         super()._setup_model()
         self._create_aliases()
         self._updater: Updater | None = None
@@ -317,7 +321,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         values, vectorized_env = self._act_on(observation, self.policy.acting_values)
         rows, mask = self._acting_rows(values, action_masks)
         if deterministic or self.exploration == "eps_greedy":
-            actions = self.layout.to_env(self._greedy(rows, mask))
+            actions = self.layout.to_env(greedy_actions(rows, mask))
         else:
             actions = self.layout.to_env(self._sample_policy(rows, mask))
         if not deterministic and self.exploration != "boltzmann":
@@ -341,14 +345,10 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             masks = th.from_numpy(padded).to(values.device)
         return self.layout.rows(values), self.layout.mask_rows(masks, len(values), values.device)
 
-    def _greedy(self, rows: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
-        """The best action of each row, ``(n_rows,)``."""
-        return (rows if mask is None else rows.masked_fill(~mask, -math.inf)).argmax(dim=1)
-
     def _random_actions(self, mask: th.Tensor | None) -> np.ndarray:
         """Uniform draws from the valid actions of rows."""
         assert mask is not None
-        return self.layout.to_env(self._greedy(th.rand(mask.shape, device=mask.device), mask))
+        return self.layout.to_env(greedy_actions(th.rand(mask.shape, device=mask.device), mask))
 
     def _act_on(self, observation: np.ndarray | dict[str, np.ndarray], function: Any) -> tuple[Any, bool]:
         """A function of observations as tensors, without gradients, and whether there was a dimension for the environments."""
@@ -371,7 +371,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         """Actions drawn from the policy, by adding Gumbel noise to its logits; ``(n_rows,)``."""
         # argmax(q + temperature * gumbel) needs no division: at temperature 0 it is the greedy action
         gumbel = -th.empty_like(rows).exponential_().log()
-        return self._greedy(rows + self._acting_temperature * gumbel, mask)
+        return greedy_actions(rows + self._acting_temperature * gumbel, mask)
 
     @property
     def _acting_temperature(self) -> operators.Temperature:
@@ -515,11 +515,15 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         check_valid(next_masks, self.layout, "environment", lambda i: infos[i].get("terminal_observation"))
         return next_masks
 
+    @property
+    def _calls_per_target_update(self) -> int:
+        return max(self.target_update_interval // self.n_envs, 1)
+
     def _on_step(self) -> None:
         """Update the target network and the schedules; called after each step in the environments."""
         self._n_calls += 1
         # Each call to step() corresponds to n_envs transitions
-        if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
+        if self._n_calls % self._calls_per_target_update == 0:
             self._get_updater().update_target(self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         if not self.temperature_module.constant:
@@ -549,8 +553,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
     def _mask_rows(self, replay_data: Any, name: str = "action_masks") -> th.Tensor | None:
         """Mask of the rows of a minibatch; None if every action is valid."""
-        extras = getattr(replay_data, "extras", None) or {}
-        return self.layout.mask_rows(extras.get(name), len(replay_data.actions), self.device)
+        return self.layout.mask_rows(_extras(replay_data).get(name), len(replay_data.actions), self.device)
 
     def _estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
         """
@@ -683,12 +686,18 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         return self._extend(self.replay_buffer.sample(n_samples, env=self._vec_normalize_env))  # type: ignore[union-attr]
 
     def _extend(self, samples: Any) -> Any:
-        """
-        Add what the hooks need beyond the transitions, so that compiled updates get it as an input (see ``extras``).
+        """Samples with the :meth:`_inputs` among their extras."""
+        inputs = self._inputs(len(samples.actions))
+        return Samples(*samples)._replace(extras={**_extras(samples), **inputs}) if inputs else samples
 
-        :param samples: what the replay buffer gave
+    def _inputs(self, n_samples: int) -> dict[str, th.Tensor]:
         """
-        return samples
+        What the hooks need beyond the transitions: as part of the samples, compiled updates see it change.
+
+        :param n_samples: number of samples
+        :return: name -> ``(n_samples, ...)``
+        """
+        return {}
 
     def batches_at_once(self, batch_size: int) -> int:
         """
@@ -745,5 +754,4 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             **policy_statistics(q_values, self._acting_temperature, mask, self.acts_on_q_values),
             **target_metrics,
         }
-        for name, value in zip(metrics, th.stack(list(metrics.values())).tolist(), strict=True):
-            self.logger.record(f"train/{name}", value)
+        self._record(metrics)

@@ -22,6 +22,20 @@ def check_munchausen(munchausen_alpha: float, munchausen_clip: float) -> None:
     check_number("munchausen_clip", munchausen_clip, maximum=0, finite=False)
 
 
+def munchausen_bonus(
+    gap: th.Tensor, munchausen_alpha: float, munchausen_clip: float
+) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    """
+    ``munchausen_alpha * max(gap, munchausen_clip)``, and the share of gaps that the clip bounds, to log.
+
+    :param gap: a scaled log-policy, or another distance of an action from its state's value
+    :param munchausen_alpha: its weight
+    :param munchausen_clip: its lower bound before it is weighted
+    """
+    metrics = {"munchausen_clip_fraction": (gap <= munchausen_clip).to(gap.dtype).mean()}
+    return munchausen_alpha * gap.clamp(min=munchausen_clip), metrics
+
+
 class GapIncreasingAlgorithm(ValueBasedAlgorithm):
     """
     Base of the algorithms whose bonus is the distance of an action from the value of its state,
@@ -51,5 +65,4 @@ class GapIncreasingAlgorithm(ValueBasedAlgorithm):
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         temperature = self.current_temperature
         gap = self._joint(operators.gap_bonus(estimates[0], actions, temperature, mask=mask, value=self._operator))
-        metrics = {"munchausen_clip_fraction": (gap <= self.munchausen_clip).to(gap.dtype).mean()}
-        return self.munchausen_alpha * gap.clamp(min=self.munchausen_clip), metrics
+        return munchausen_bonus(gap, self.munchausen_alpha, self.munchausen_clip)

@@ -165,7 +165,7 @@ class MirrorDescentDQN(ValueBasedAlgorithm):
         return self.layout.rows(self.q_net.networks[-1](observations)), previous, q_values
 
     def _online_estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
-        _, previous, _ = self._estimates(observations)
+        _, previous = self.layout.rows(self.q_net_target(observations))
         q_values, logits = self.layout.rows(self.q_net(observations))
         return logits, previous, q_values
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from sb3_softq import operators
 from sb3_softq.checks import check_integer
 from sb3_softq.losses import quantile_huber_loss
-from sb3_softq.replay import Samples
+from sb3_softq.replay import n_states
 from sb3_softq.value_based.gap_increasing import GapIncreasingAlgorithm, check_munchausen
 from sb3_softq.value_based.quantile_policies import (
     CnnQuantilePolicy,
@@ -140,25 +140,22 @@ class MunchausenIQN(GapIncreasingAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_fractions", "tree_backup"]
 
-    def _extend(self, samples: Any) -> Any:
-        # Fresh fractions for each sample; drawn here, so that compiled updates draw the same
-        n_samples = len(samples.actions)
-        fractions = {
+    def _inputs(self, n_samples: int) -> dict[str, th.Tensor]:
+        # Fresh fractions for each sample
+        return {
             "fractions": th.rand(n_samples, self.n_quantiles, device=self.device),
             "target_fractions": th.rand(n_samples, self.n_target_quantiles, device=self.device),
             "policy_fractions": th.rand(n_samples, self.n_policy_quantiles, device=self.device),
         }
-        return Samples(*samples)._replace(extras={**(getattr(samples, "extras", None) or {}), **fractions})
 
     def _compute_targets(self, replay_data: Any) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         self._fractions = [replay_data.extras[name] for name in ("policy_fractions", "target_fractions")]
         return super()._compute_targets(replay_data)
 
     def _estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
-        n_states = len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
         # The states may be several for each sample, which then share its fractions
-        n_samples = len(self._fractions[0])
-        fractions = [drawn.repeat(-(-n_states // n_samples), 1)[:n_states] for drawn in self._fractions]
+        n_rows, n_samples = n_states(observations), len(self._fractions[0])
+        fractions = [drawn.repeat(-(-n_rows // n_samples), 1)[:n_rows] for drawn in self._fractions]
         n_policy = self.n_policy_quantiles
         quantiles = self._quantile_rows(self.q_net_target(observations, th.cat(fractions, dim=1)))
         # The policy's action values, and other quantiles for the return

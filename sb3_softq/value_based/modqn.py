@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from sb3_softq import operators
 from sb3_softq.checks import check_choice, check_number
-from sb3_softq.replay import Samples
 from sb3_softq.value_based.base import ValueBasedAlgorithm
 from sb3_softq.value_based.policies import ActorCnnQPolicy, ActorMultiInputQPolicy, ActorQPolicy, QNetworks
 
@@ -140,13 +139,11 @@ class MomentumDQN(ValueBasedAlgorithm):
                 f"momentum must be a number, 'inverse_time' or like 'inverse_time_20' with a positive number, not "
                 f"{self.momentum!r}"
             )
-        n_target_updates = self._n_calls // max(self.target_update_interval // self.n_envs, 1)
+        n_target_updates = self._n_calls // self._calls_per_target_update
         return 1 - 1 / (1 + n_target_updates / horizon)
 
-    def _extend(self, samples: Any) -> Any:
-        # A tensor, so that compiled updates see it change
-        momentum = th.full((len(samples.actions), 1), self._current_momentum(), device=self.device)
-        return Samples(*samples)._replace(extras={**(getattr(samples, "extras", None) or {}), "momentum": momentum})
+    def _inputs(self, n_samples: int) -> dict[str, th.Tensor]:
+        return {"momentum": th.full((n_samples, 1), self._current_momentum(), device=self.device)}
 
     def _estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
         q_values, averages = self.layout.rows(self.q_net_target(observations))
@@ -169,8 +166,7 @@ class MomentumDQN(ValueBasedAlgorithm):
             # h <- momentum * h + (1 - momentum) * q, where h is the target network's
             old_averages = self.layout.rows(self.q_net_target.networks[-1](replay_data.observations))
             old_averages = self._joint(old_averages.gather(1, actions))
-            extras = getattr(replay_data, "extras", None) or {}
-            momentum = self._per_target(extras["momentum"]) if "momentum" in extras else self._current_momentum()
+            momentum = self._per_target(replay_data.extras["momentum"])
             new = current_q_values if self.averaged == "q_values" else targets
             target_averages = momentum * old_averages + (1 - momentum) * new
         losses = F.smooth_l1_loss(current_q_values, targets, reduction="none")

@@ -1,6 +1,5 @@
 """Policies of the value-based family: action-value networks, their targets and the features extractors they need."""
 
-import math
 from typing import Any, ClassVar
 
 import torch as th
@@ -19,7 +18,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.dqn.policies import QNetwork as DQNQNetwork
 from torch import nn
 
-from sb3_softq.actions import ActionLayout
+from sb3_softq.actions import ActionLayout, greedy_actions
 from sb3_softq.mlp import relu_mlp, relu_mlp_layers
 
 # Smallest height and width that NatureCNN's three convolutions can read
@@ -330,10 +329,7 @@ class QPolicy(DQNPolicy):
 
     def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         values = self.acting_values(obs)
-        rows, mask = self.layout.rows(values), self.layout.mask_rows(None, len(values), values.device)
-        if mask is not None:
-            rows = rows.masked_fill(~mask, -math.inf)
-        return rows.argmax(dim=1)
+        return greedy_actions(self.layout.rows(values), self.layout.mask_rows(None, len(values), values.device))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "dueling": self.dueling}

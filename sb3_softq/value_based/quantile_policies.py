@@ -10,6 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_softq.actions import ActionLayout
+from sb3_softq.replay import n_states
 from sb3_softq.value_based.policies import CnnQPolicy, DuelingHead, MultiInputQPolicy, QPolicy
 
 
@@ -108,9 +109,8 @@ class QuantilePolicy(QPolicy):
         :param obs: observations
         :return: ``(batch_size, n_policy_quantiles)``
         """
-        n_states = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
         fractions = (th.arange(self.n_policy_quantiles, device=self.device) + 0.5) / self.n_policy_quantiles
-        return fractions.expand(n_states, -1)
+        return fractions.expand(n_states(obs), -1)
 
     def q_values(self, obs: PyTorchObs) -> th.Tensor:
         return self.q_net(obs, self.acting_fractions(obs)).mean(dim=1)

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from sb3_softq import operators
 from sb3_softq.checks import check_bool, check_number
 from sb3_softq.value_based.base import ValueBasedAlgorithm
-from sb3_softq.value_based.gap_increasing import check_munchausen
+from sb3_softq.value_based.gap_increasing import check_munchausen, munchausen_bonus
 from sb3_softq.value_based.policies import QNetworks, TwinActorCnnQPolicy, TwinActorMultiInputQPolicy, TwinActorQPolicy
 
 
@@ -183,8 +183,8 @@ class SACDiscrete(ValueBasedAlgorithm):
         return self.layout.rows(self.q_net.networks[-1](observations)), self._critics(critics)
 
     def _online_estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
-        *critics, logits = self.layout.rows(self.q_net(observations))
-        return logits, self._critics(th.stack(critics))
+        outputs = self.layout.rows(self.q_net(observations))
+        return outputs[-1], self._critics(outputs[:-1])
 
     def _policy_and_q_values(self, estimates: tuple[th.Tensor, ...], mask: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
         return operators.policy(estimates[0], 1.0, mask), estimates[-1]
@@ -204,14 +204,13 @@ class SACDiscrete(ValueBasedAlgorithm):
         # alpha * clip(ent_coef * log pi(a|s), clip, 0), of the action that was taken
         log_policy = operators.scaled_log_policy(estimates[0], 1.0, mask).gather(1, actions)
         log_policy = self._joint(self.current_temperature * log_policy)
-        metrics = {"munchausen_clip_fraction": (log_policy <= self.munchausen_clip).to(log_policy.dtype).mean()}
-        return self.munchausen_alpha * log_policy.clamp(min=self.munchausen_clip), metrics
+        return munchausen_bonus(log_policy, self.munchausen_alpha, self.munchausen_clip)
 
     def _compute_loss(self, replay_data: Any, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         actions, mask = self.layout.action_rows(replay_data.actions), self._mask_rows(replay_data)
-        *critics, logits = self.layout.rows(self.q_net(replay_data.observations))
-        q_values = th.stack(critics)
-        taken = th.stack([self._joint(q.gather(1, actions)) for q in critics])  # (2, n_targets, 1)
+        outputs = self.layout.rows(self.q_net(replay_data.observations))
+        q_values, logits = outputs[:-1], outputs[-1]
+        taken = th.stack([self._joint(q.gather(1, actions)) for q in q_values])  # (2, n_targets, 1)
         errors = (taken - targets) ** 2
         if self.q_clip < float("inf"):
             # The larger of the errors with and without the clip, for each sample (arXiv:2209.10081)
@@ -221,10 +220,10 @@ class SACDiscrete(ValueBasedAlgorithm):
             clipped = old_taken + (taken - old_taken).clamp(-self.q_clip, self.q_clip)
             errors = th.maximum(errors, (clipped - targets) ** 2)
         # The actor maximises sum_a pi(a|s) * (q(s, a) - ent_coef * log pi(a|s))
-        entropies = operators.entropy(logits, 1.0, mask)
         actor_value = self._value((logits, self._critics(q_values.detach())), mask)
         actor_loss = self._joint(-actor_value)
         if self.entropy_penalty > 0:
+            entropies = operators.entropy(logits, 1.0, mask)
             behaviour = replay_data.extras["entropies"].to(entropies.dtype).reshape(-1, 1)
             actor_loss = actor_loss + self.entropy_penalty * self._joint((behaviour - entropies) ** 2)
         return errors.sum(dim=0) + actor_loss, logits.detach()
