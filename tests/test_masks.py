@@ -254,9 +254,8 @@ def test_invalid_values_change_nothing(algorithm, kwargs, factorisation):
     model = make_model(algorithm, vec_env(HEADS), factorisation=factorisation, **kwargs).learn(60)
     replay_data = model._sample(30)
     first = th.as_tensor(padded(np.array([1, 0, 1, 0, 0, 0, 0, 1, 0, 0]), HEADS)).expand(30, -1).contiguous()
-    replay_data = replay_data._replace(
-        actions=replay_data.actions * 0, extras=dict(action_masks=first, next_action_masks=first)
-    )
+    extras = {**replay_data.extras, "action_masks": first, "next_action_masks": first}
+    replay_data = replay_data._replace(actions=replay_data.actions * 0, extras=extras)
     before = targets(model, replay_data)
     losses = model._compute_loss(replay_data, before)[0].detach()
     with th.no_grad():
