@@ -10,25 +10,21 @@ The eager path gives the same numbers up to rounding, and takes over where this 
 
 import time
 import warnings
-from contextlib import ExitStack
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils import _pytree as pytree
 
 from sb3_softq import operators
 from sb3_softq.diagnostics import find_divergence
 from sb3_softq.flat import FlatUpdater, Updater
 from sb3_softq.replay import split_samples
+from sb3_softq.traced import Hooks, Tensors, trace, tree_leaves, tree_like
 
 if TYPE_CHECKING:
     from sb3_softq.value_based.base import ValueBasedAlgorithm
-
-Tensors = list[th.Tensor]
 
 
 def _adam(data: th.Tensor, grad: th.Tensor, moments: Tensors, rates: th.Tensor, settings: dict[str, Any]) -> Tensors:
@@ -54,11 +50,6 @@ def adam_rates(first_step: int, n_steps: int, lr: float, betas: tuple[float, flo
     return [[lr, lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5] for step in steps]
 
 
-def _present(samples: ReplayBufferSamples) -> dict[str, Any]:
-    """The fields of samples that are there (one-step samples have no discounts)."""
-    return {name: field for name, field in samples._asdict().items() if field is not None}
-
-
 class CompiledUpdate:
     """
     ``n_batches`` updates on minibatches of ``batch_size``, compiled.
@@ -75,35 +66,24 @@ class CompiledUpdate:
     ) -> None:
         start = time.perf_counter()
         self.model, self.updater, self.n_batches = model, updater, n_batches
+        self.hooks = Hooks(model, updater, samples)
         self.temperature = model.temperature_module
-        self.sample_type = type(samples)
         self.frozen = model._targets_frozen()
-        self.names = [name for name, _ in model.q_net.named_parameters()]
-        leaves, self.structure = pytree.tree_flatten(_present(samples))
+        leaves = tree_leaves(samples)
         minibatch = [leaf[: len(leaf) // n_batches] for leaf in leaves]
         state, fixed, rates = self._state(), self._fixed(), self._rates()
         with th.no_grad():
             # Traced to plain tensor operations, gradient included, whatever Python the hooks are written in
             if self.frozen:
-                self._targets_graph = self._trace(self._targets, fixed, leaves)
-                targets, self.metric_names = self._targets_and_names(fixed, minibatch)
-                step_inputs = [*minibatch, targets[0], rates[0]]
-            else:
-                step_inputs = [*minibatch, rates[0]]
-            self._step_graph = self._trace(self._step, state, fixed, step_inputs)
+                self._targets_graph = trace(self._targets, state, fixed, leaves)
+                minibatch.append(self._targets(state, fixed, minibatch)[0])
+            self._step_graph = trace(self._step, state, fixed, [*minibatch, rates[0]])
             # Of a code object of its own: torch counts compilations for each code object, and gives up after a few
             run = FunctionType(CompiledUpdate._run.__code__.replace(), CompiledUpdate._run.__globals__)
             self._function = th.compile(MethodType(run, self), fullgraph=True, options={"cpp_wrapper": True})
             # The first call compiles; on copies, so that it trains nothing
             self._function([tensor.clone() for tensor in state], fixed, leaves, rates)
         self.compile_seconds = time.perf_counter() - start
-
-    @staticmethod
-    def _trace(function: Any, *arguments: Any) -> Any:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        # A plain function, since make_fx counts the arguments of a method wrongly
-        return make_fx(lambda *args: function(*args))(*arguments)
 
     # What goes in: the state, which changes from update to update; what is fixed during the call; rates of the updates
 
@@ -116,7 +96,7 @@ class CompiledUpdate:
         return [*state, th.ones((), dtype=self.updater.flat.data.dtype)]
 
     def _fixed(self) -> Tensors:
-        return [self.updater.flat_target.data, *self.temperature.schedule_state()]
+        return [self.updater.flat_target.data, *([] if self.temperature.learned else self.temperature.inputs())]
 
     def _rates(self) -> th.Tensor:
         optimizer = self.updater.flat_optimizer
@@ -129,28 +109,13 @@ class CompiledUpdate:
 
     # What is traced
 
-    def _with_parameters(self, data: th.Tensor | None, fixed: Tensors, log_temperature: th.Tensor | None) -> ExitStack:
-        """Context in which the model's modules have other parameters."""
-        stack = ExitStack()
-        flat = self.updater.flat
-        if data is not None:
-            parameters = dict(zip(self.names, flat.views(data), strict=True))
-            stack.enter_context(_reparametrize_module(self.model.q_net, parameters))
-        target_parameters = dict(zip(self.names, flat.views(fixed[0]), strict=True))
-        stack.enter_context(_reparametrize_module(self.model.q_net_target, target_parameters))
-        stack.enter_context(self.temperature.replaced(log_temperature, fixed[1:]))
-        return stack
+    def _hook_inputs(self, state: Tensors, fixed: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        """Parameters, the target network's and the temperature, as :class:`Hooks` take them."""
+        temperature = [state[3].exp().reshape(())] if self.temperature.learned else fixed[1:]
+        return self.updater.flat.views(state[0]), self.updater.flat.views(fixed[0]), temperature
 
-    def _samples(self, leaves: Tensors) -> ReplayBufferSamples:
-        return self.sample_type(**pytree.tree_unflatten(leaves, self.structure))
-
-    def _targets_and_names(self, fixed: Tensors, leaves: Tensors) -> tuple[Tensors, list[str]]:
-        with self._with_parameters(None, fixed, None):
-            targets, metrics = self.model._compute_targets(self._samples(leaves))
-        return [targets, *metrics.values()], list(metrics)
-
-    def _targets(self, fixed: Tensors, leaves: Tensors) -> Tensors:
-        return self._targets_and_names(fixed, leaves)[0]
+    def _targets(self, state: Tensors, fixed: Tensors, leaves: Tensors) -> Tensors:
+        return self.hooks.targets(*self._hook_inputs(state, fixed), leaves)
 
     def _step(self, state: Tensors, fixed: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
         """One update: new state, and the loss, the norm, the action values and what to log of the targets."""
@@ -158,33 +123,23 @@ class CompiledUpdate:
         metrics: Tensors = []
         if self.frozen:
             *leaves, targets = leaves
-        samples = self._samples(leaves)
-        with th.enable_grad():
-            data = state[0].detach().requires_grad_()
-            log_temperature = state[3] if self.temperature.learned else None
-            with self._with_parameters(data, fixed, log_temperature):
-                if not self.frozen:
-                    with th.no_grad():
-                        targets, named_metrics = self.model._compute_targets(samples)
-                    self.metric_names, metrics = list(named_metrics), list(named_metrics.values())
-                losses, q_values = self.model._compute_loss(samples, targets)
-                temperature = self.model._acting_temperature
-            loss = losses.mean()
-            (grad,) = th.autograd.grad(loss, data)
-        loss, q_values = loss.detach(), q_values.detach()
-        norm = th.linalg.vector_norm(grad)
-        grad = grad * (self.model.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        else:
+            targets, *metrics = self._targets(state, fixed, leaves)
+        hook_inputs = self._hook_inputs(state, fixed)
+        loss, norm, q_values, grad = self.hooks.gradient(*hook_inputs, leaves, targets)
         optimizer = self.updater.flat_optimizer
         new_state = _adam(state[0], grad, state[1:3], rates[:3], optimizer.settings())
         if self.temperature.learned:
-            mask = self.model._mask_rows(samples)
-            difference = self.temperature.excess_entropy(operators.entropy(q_values, temperature, mask), mask)
+            mask = self.model._mask_rows(tree_like(self.hooks.samples, iter(leaves)))
+            with self.temperature.replaced(hook_inputs[2]):
+                entropies = operators.entropy(q_values, self.model._acting_temperature, mask)
             settings = {"betas": (0.9, 0.999), "eps": 1e-8}
+            difference = self.temperature.excess_entropy(entropies, mask)
             new_state += _adam(state[3], difference, state[4:6], rates[3:6], settings)
         # An update that is not finite changes nothing, and neither do those after it
         fine = th.isfinite(loss + norm) & (state[-1] > 0)
         new_state = [th.where(fine, new, old).detach() for new, old in zip(new_state, state, strict=False)]
-        return [*new_state, fine.to(loss.dtype)], [loss, norm.detach(), q_values, *metrics]
+        return [*new_state, fine.to(loss.dtype)], [loss, norm, q_values, *metrics]
 
     # What is compiled
 
@@ -192,7 +147,7 @@ class CompiledUpdate:
         metrics: Tensors = []
         columns = [leaf.unflatten(0, (self.n_batches, -1)) for leaf in leaves]
         if self.frozen:
-            targets, *metrics = self._targets_graph(fixed, leaves)
+            targets, *metrics = self._targets_graph(state, fixed, leaves)
             columns.append(targets.unflatten(0, (self.n_batches, -1)))
         columns.append(rates)
         if self.n_batches == 1:
@@ -230,12 +185,12 @@ class CompiledUpdate:
         :return: losses and gradient norms ``(n_batches,)``, the action values of the last minibatch, what to log of the
             targets
         """
-        leaves = pytree.tree_leaves(_present(samples))
+        leaves = tree_leaves(samples)
         with th.no_grad():
             outputs, metrics = self._function(self._state(), self._fixed(), leaves, self._rates())
         losses, norms, q_values, *step_metrics = outputs
         metrics = metrics or [metric[-1] for metric in step_metrics]
-        return losses, norms, q_values[-1], dict(zip(self.metric_names, metrics, strict=True))
+        return losses, norms, q_values[-1], dict(zip(self.hooks.metric_names, metrics, strict=True))
 
 
 class CompiledTraining:

@@ -83,7 +83,8 @@ def soft_value(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | 
     if _is_hard(temperature):
         return q_values.amax(dim=1, keepdim=True)
     logits, maximum = _logits(q_values, temperature)
-    return maximum + temperature * th.logsumexp(logits, dim=1, keepdim=True)
+    # The largest logit is 0, so that nothing overflows and the sum is at least 1
+    return maximum + temperature * logits.exp().sum(dim=1, keepdim=True).log()
 
 
 def mellowmax(q_values: th.Tensor, temperature: Temperature, mask: th.Tensor | None = None) -> th.Tensor:

@@ -179,11 +179,13 @@ class Temperature(nn.Module):
         self.log_temperature.grad = self.excess_entropy(entropies.detach(), mask).to(self.log_temperature)
         self.optimizer.step()
 
-    # What compiled updates need: they take the temperature as an input, and learn it themselves
+    # What traced updates need: they take the temperature as an input, and compiled ones learn it themselves
 
-    def schedule_state(self) -> list[th.Tensor]:
-        """The value of a schedule as a tensor, just above 0 where the schedule ends at 0; nothing without a schedule."""
-        return [] if self.learned or self.constant else [th.tensor(max(self._value, 1e-8))]
+    def inputs(self) -> list[th.Tensor]:
+        """The value as a tensor, just above 0 where a schedule ends at 0; nothing where it is constant."""
+        if self.constant:
+            return []
+        return [self.log_temperature.detach().exp() if self.learned else th.tensor(max(self._value, 1e-8), dtype=th.float64)]
 
     def adam_state(self) -> list[th.Tensor]:
         """The log of a learned temperature and the optimiser's moments; to be changed in place."""
@@ -208,17 +210,13 @@ class Temperature(nn.Module):
         self.optimizer.state[self.log_temperature]["step"] += n_steps
 
     @contextmanager
-    def replaced(self, log_temperature: th.Tensor | None, schedule_state: list[th.Tensor]) -> Iterator[None]:
+    def replaced(self, inputs: list[th.Tensor]) -> Iterator[None]:
         """
-        Context in which :attr:`value` comes from inputs.
+        Context in which :attr:`value` comes from :meth:`inputs`.
 
-        :param log_temperature: for a learned temperature
-        :param schedule_state: for one that follows a schedule
+        :param inputs: a tensor without dimensions, or nothing
         """
-        if log_temperature is not None:
-            self._replacement = log_temperature.detach().exp().reshape(())
-        elif schedule_state:
-            (self._replacement,) = schedule_state
+        self._replacement = inputs[0] if inputs else None
         try:
             yield
         finally:

@@ -34,6 +34,7 @@ from sb3_softq.flat import FlatUpdater, Updater
 from sb3_softq.off_policy import RegularisedAlgorithm
 from sb3_softq.replay import GrowingStorage, Samples, split_samples
 from sb3_softq.temperature import Temperature
+from sb3_softq.traced import TracedTraining
 from sb3_softq.value_based.n_step import concatenate, n_step_targets
 from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QNetwork, QPolicy, is_vector_space
 
@@ -41,7 +42,7 @@ from sb3_softq.value_based.policies import CnnQPolicy, MultiInputQPolicy, QNetwo
 CHUNK_BYTES = 2**23
 
 # Updates between two reports to the logger: the statistics cost as much as a third of a small network's update
-REPORT_INTERVAL = 16
+REPORT_INTERVAL = 64
 
 EXPLORATIONS = ("boltzmann", "eps_greedy", "boltzmann_eps")
 FACTORISATIONS = ("sum", "independent")
@@ -234,6 +235,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         # Losses and gradient norms since the last report
         self._losses: list[tuple[th.Tensor, th.Tensor]] = []
         self._next_report = 0
+        self._traced = TracedTraining(self)
         self._compiled = CompiledTraining(self)
         # Shape of the observations that need no preprocessing; no shape is equal to None
         self._vector_shape = self.observation_space.shape if is_vector_space(self.observation_space) else None
@@ -275,7 +277,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         derived = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target", "exploration_schedule"]
-        derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report", "_compiled"]
+        derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report", "_traced", "_compiled"]
         derived += ["layout", "_masking", "_masks", "_extra_names"]
         return [*super()._excluded_save_params(), *derived]
 
@@ -538,12 +540,22 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         """
         Values of joint actions, or of states, from those of their heads: the sum, or, of independent heads, as they are.
 
-        :param rows: ``(batch_size * n_heads, k)``
-        :return: ``(batch_size, k)``, or ``(batch_size * n_heads, k)`` of independent heads: the shape of the targets
+        :param rows: ``(..., batch_size * n_heads, k)``
+        :return: ``(..., batch_size, k)``, or of independent heads ``(..., batch_size * n_heads, k)``: the shape of the targets
         """
         if self.layout.n_heads == 1 or self.factorisation == "independent":
             return rows
-        return rows.unflatten(0, (-1, self.layout.n_heads)).sum(dim=1)
+        return rows.unflatten(-2, (-1, self.layout.n_heads)).sum(dim=-2)
+
+    def _taken(self, rows: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        Values of the actions that were taken, see :meth:`_joint`.
+
+        :param rows: ``(batch_size * n_heads, n_actions)``, or of several networks ``(n_networks, ...)``
+        :param actions: ``(batch_size, n_heads)``
+        """
+        index = self.layout.action_rows(actions)
+        return self._joint(rows.gather(-1, index if rows.ndim == 2 else index.expand(len(rows), -1, -1)))
 
     def _per_target(self, values: th.Tensor) -> th.Tensor:
         """What samples have, ``(batch_size, k)``, as targets have it: once for each of independent heads."""
@@ -643,7 +655,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         :return: losses of the targets' shape, and the acting values of the rows, ``(n_rows, n_actions)``
         """
         q_values = self.layout.rows(self.q_net(replay_data.observations))
-        current_q_values = self._joint(q_values.gather(1, self.layout.action_rows(replay_data.actions)))
+        current_q_values = self._taken(q_values, replay_data.actions)
         return F.smooth_l1_loss(current_q_values, targets, reduction="none"), q_values.detach()
 
     def _bellman_target(self, replay_data: Any, next_values: th.Tensor, bonus: th.Tensor | float = 0.0) -> th.Tensor:
@@ -657,7 +669,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         return not self.temperature_module.learned
 
     def _minibatches(
-        self, gradient_steps: int, batch_size: int
+        self, updater: Updater, gradient_steps: int, batch_size: int
     ) -> Iterator[tuple[ReplayBufferSamples, th.Tensor, dict[str, th.Tensor]]]:
         """
         The minibatches of a call of :meth:`train`, with their targets and what to log of these.
@@ -671,14 +683,12 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             samples = self._sample(n_batches * batch_size)
             minibatches = split_samples(samples, n_batches)
             if self._targets_frozen():
-                with th.no_grad():
-                    targets, metrics = self._compute_targets(samples)
+                targets, metrics = self._traced.targets(updater, samples)
                 for minibatch, minibatch_targets in zip(minibatches, targets.chunk(n_batches), strict=True):
                     yield minibatch, minibatch_targets, metrics
             else:
                 for minibatch in minibatches:
-                    with th.no_grad():
-                        targets, metrics = self._compute_targets(minibatch)
+                    targets, metrics = self._traced.targets(updater, minibatch)
                     yield minibatch, targets, metrics
 
     def _sample(self, n_samples: int) -> Any:
@@ -723,15 +733,13 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         if self.torch_compile and (gradient_steps := self._compiled.train(updater, gradient_steps, batch_size)) == 0:
             return
 
-        for replay_data, targets, target_metrics in self._minibatches(gradient_steps, batch_size):  # noqa: B007
-            sample_losses, q_values = self._compute_loss(replay_data, targets)
-            loss = sample_losses.mean()
-            grad_norm = updater.backward(loss, self.max_grad_norm)
+        for replay_data, targets, target_metrics in self._minibatches(updater, gradient_steps, batch_size):  # noqa: B007
+            loss, grad_norm, q_values = self._traced.gradient(updater, replay_data, targets)
             if not math.isfinite(loss.item() + grad_norm.item()):
                 raise find_divergence(replay_data, targets, q_values, loss, self._n_updates, self.num_timesteps)
             updater.step()
             self._n_updates += 1
-            self._losses.append((loss.detach(), grad_norm))
+            self._losses.append((loss, grad_norm))
             if self.temperature_module.learned:
                 mask = self._mask_rows(replay_data)
                 entropies = operators.entropy(q_values, self._acting_temperature, mask)

@@ -138,7 +138,7 @@ class MunchausenIQN(GapIncreasingAlgorithm):
         self.policy.n_policy_quantiles = self.n_policy_quantiles
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_fractions", "tree_backup"]
+        return [*super()._excluded_save_params(), "tree_backup"]
 
     def _inputs(self, n_samples: int) -> dict[str, th.Tensor]:
         # Fresh fractions for each sample
@@ -150,7 +150,10 @@ class MunchausenIQN(GapIncreasingAlgorithm):
 
     def _compute_targets(self, replay_data: Any) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         self._fractions = [replay_data.extras[name] for name in ("policy_fractions", "target_fractions")]
-        return super()._compute_targets(replay_data)
+        try:
+            return super()._compute_targets(replay_data)
+        finally:
+            del self._fractions
 
     def _estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
         # The states may be several for each sample, which then share its fractions

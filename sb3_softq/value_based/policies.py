@@ -291,7 +291,7 @@ class QPolicy(DQNPolicy):
         """
         if self.has_modes:
             super().set_training_mode(mode)
-        self.training = mode
+        self.__dict__["training"] = mode  # sooner than through the module's __setattr__
 
     @staticmethod
     def default_features_extractor(observation_space: spaces.Space) -> type[BaseFeaturesExtractor]:

@@ -207,16 +207,16 @@ class SACDiscrete(ValueBasedAlgorithm):
         return munchausen_bonus(log_policy, self.munchausen_alpha, self.munchausen_clip)
 
     def _compute_loss(self, replay_data: Any, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        actions, mask = self.layout.action_rows(replay_data.actions), self._mask_rows(replay_data)
+        mask = self._mask_rows(replay_data)
         outputs = self.layout.rows(self.q_net(replay_data.observations))
         q_values, logits = outputs[:-1], outputs[-1]
-        taken = th.stack([self._joint(q.gather(1, actions)) for q in q_values])  # (2, n_targets, 1)
+        taken = self._taken(q_values, replay_data.actions)  # (2, n_targets, 1)
         errors = (taken - targets) ** 2
         if self.q_clip < float("inf"):
             # The larger of the errors with and without the clip, for each sample (arXiv:2209.10081)
             with th.no_grad():
                 old = self.layout.rows(self.q_net_target.networks_of(replay_data.observations, slice(2)))
-                old_taken = th.stack([self._joint(q.gather(1, actions)) for q in old])
+                old_taken = self._taken(old, replay_data.actions)
             clipped = old_taken + (taken - old_taken).clamp(-self.q_clip, self.q_clip)
             errors = th.maximum(errors, (clipped - targets) ** 2)
         # The actor maximises sum_a pi(a|s) * (q(s, a) - ent_coef * log pi(a|s))

@@ -124,7 +124,6 @@ class SQN(ValueBasedAlgorithm):
     def _compute_loss(self, replay_data: Any, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         # Sum over the critics of their squared errors
         q_values = self.layout.rows(self.q_net(replay_data.observations))  # (2, n_rows, n_actions)
-        actions = self.layout.action_rows(replay_data.actions)
-        current_q_values = th.stack([self._joint(q.gather(1, actions)) for q in q_values])  # (2, n_targets, 1)
+        current_q_values = self._taken(q_values, replay_data.actions)  # (2, n_targets, 1)
         losses = F.mse_loss(current_q_values, targets.expand(2, -1, -1), reduction="none").sum(dim=0)
         return losses, q_values.detach().amin(dim=0)

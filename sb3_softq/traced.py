@@ -1,0 +1,322 @@
+"""
+The hooks of an algorithm as functions of tensors alone, and interpreted without Python.
+
+An update of a small network spends most of its time between the tensor operations: in the hooks' Python, in autograd's
+bookkeeping, in the calls themselves. :class:`Hooks` makes of a model's hooks functions whose inputs are parameters,
+temperature and a minibatch, so that they can be traced to graphs of plain tensor operations, gradient included.
+:class:`TracedTraining` lets torch's interpreter run these graphs: the same operations in the same order, so the same
+numbers to the last bit, in a third of the time. :mod:`sb3_softq.compiled` hands them to the compiler.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch as th
+from torch.nn.utils.stateless import _reparametrize_module
+
+from sb3_softq.flat import FlatUpdater, Updater, clip_gradient
+
+if TYPE_CHECKING:
+    from sb3_softq.value_based.base import ValueBasedAlgorithm
+
+Tensors = list[th.Tensor]
+
+# Calls with inputs of the same shapes after which they are traced: a short training never waits for that
+CALLS_BEFORE_TRACING = 100
+# Graphs that a model keeps; inputs of still other shapes go the plain way
+MAX_GRAPHS = 8
+# Changes of a model's settings after which what depends on them is no longer traced
+MAX_CHANGES = 20
+
+PLAIN_TYPES = (bool, int, float, str, type(None))
+
+
+def tree_leaves(tree: Any) -> Tensors:
+    """
+    The tensors of samples, in order.
+
+    :param tree: a tensor, None, or a dict, a list or a named tuple of such
+    """
+    if isinstance(tree, th.Tensor):
+        return [tree]
+    if tree is None:
+        return []
+    return [leaf for branch in (tree.values() if isinstance(tree, dict) else tree) for leaf in tree_leaves(branch)]
+
+
+def tree_like(tree: Any, leaves: Iterator[th.Tensor]) -> Any:
+    """
+    Samples of the same kind with other tensors.
+
+    :param tree: samples
+    :param leaves: what replaces their :func:`tree_leaves`
+    """
+    if isinstance(tree, th.Tensor):
+        return next(leaves)
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        return {key: tree_like(branch, leaves) for key, branch in tree.items()}
+    branches = [tree_like(branch, leaves) for branch in tree]
+    return branches if isinstance(tree, list) else type(tree)(*branches)
+
+
+def trace(function: Callable[..., Any], *inputs: Any) -> Any:
+    """
+    A function as a graph of plain tensor operations.
+
+    :param function: a function of tensors, in nested lists; whatever else it depends on becomes a constant
+    :param inputs: what it is called with
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    # A plain function, since make_fx counts the arguments of a method wrongly
+    traced = make_fx(lambda *args: function(*args))(*inputs)
+    aten = th.ops.aten
+    for node in traced.graph.nodes:
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.addmm.default and node.args[2].target is aten.t.default and not node.kwargs:
+            # The same operation by its shorter name
+            with traced.graph.inserting_before(node):
+                arguments = (node.args[1], node.args[2].args[0], node.args[0])
+                node.replace_all_uses_with(traced.graph.call_function(aten.linear.default, arguments))
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+class Hooks:
+    """
+    A model's hooks as functions of tensors.
+
+    :param model: the model. Its settings become constants, its parameters and temperature are inputs
+    :param updater: what applies its gradients
+    :param samples: samples of the kind to come
+    """
+
+    def __init__(self, model: "ValueBasedAlgorithm", updater: FlatUpdater, samples: Any) -> None:
+        self.model, self.updater, self.samples = model, updater, samples
+        self.names = [name for name, _ in model.q_net.named_parameters()]
+        # Of what :meth:`targets` returns besides the targets
+        self.metric_names: list[str] = []
+
+    @contextmanager
+    def _inputs(self, parameters: Tensors, target_parameters: Tensors, temperature: Tensors) -> Iterator[None]:
+        """Context in which the model's modules have other parameters and another temperature."""
+        model = self.model
+        current = dict(zip(self.names, parameters, strict=True))
+        target = dict(zip(self.names, target_parameters, strict=True))
+        with (
+            _reparametrize_module(model.q_net, current),
+            _reparametrize_module(model.q_net_target, target),
+            model.temperature_module.replaced(temperature),
+        ):
+            yield
+
+    def targets(self, parameters: Tensors, target_parameters: Tensors, temperature: Tensors, leaves: Tensors) -> Tensors:
+        """
+        Targets, and what to log of them.
+
+        :param parameters: of the network
+        :param target_parameters: of the target network
+        :param temperature: see :meth:`~sb3_softq.temperature.Temperature.inputs`
+        :param leaves: the tensors of a minibatch
+        """
+        with th.no_grad(), self._inputs(parameters, target_parameters, temperature):
+            targets, metrics = self.model._compute_targets(tree_like(self.samples, iter(leaves)))
+        self.metric_names = list(metrics)
+        return [targets, *metrics.values()]
+
+    def gradient(
+        self, parameters: Tensors, target_parameters: Tensors, temperature: Tensors, leaves: Tensors, targets: th.Tensor
+    ) -> Tensors:
+        """
+        Loss, norm of its gradient, the acting values of the minibatch, and the clipped gradient of all parameters in one.
+
+        :param parameters: of the network
+        :param target_parameters: of the target network
+        :param temperature: see :meth:`~sb3_softq.temperature.Temperature.inputs`
+        :param leaves: the tensors of a minibatch
+        :param targets: those of the minibatch
+        """
+        with th.enable_grad():
+            parameters = [parameter.detach().requires_grad_() for parameter in parameters]
+            with self._inputs(parameters, target_parameters, temperature):
+                losses, q_values = self.model._compute_loss(tree_like(self.samples, iter(leaves)), targets)
+        weights = th.full_like(losses, 1 / losses.numel())  # the gradient of their mean
+        gradients = th.autograd.grad(losses, parameters, weights, allow_unused=True, materialize_grads=True)
+        gradient, norm = clip_gradient(th.cat([gradient.reshape(-1) for gradient in gradients]), self.model.max_grad_norm)
+        return [losses.detach().mean(), norm, q_values.detach(), gradient]
+
+
+@contextmanager
+def _recorded_attributes(model: Any) -> Iterator[set[str]]:
+    """The names of the attributes that are read of an object within the context."""
+    cls: Any = type(model)
+    names: set[str] = set()
+
+    def read(self: Any, name: str) -> Any:
+        names.add(name)
+        return super(cls, self).__getattribute__(name)
+
+    model.__class__ = type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
+    try:
+        yield names
+    finally:
+        model.__class__ = cls
+
+
+class Graph:
+    """
+    A hook of a model, traced.
+
+    :param function: a method of :class:`Hooks`
+    :param hooks: whose method it is
+    :param inputs: what it is called with
+    """
+
+    def __init__(self, function: Callable[..., Tensors], hooks: Hooks, inputs: list[Any]) -> None:
+        self.hooks = hooks
+        with _recorded_attributes(hooks.model) as names, th.random.fork_rng(devices=[]):
+            graph = trace(function, *inputs)
+        values = vars(hooks.model)
+        # What became a constant
+        self.constants = {name: values[name] for name in names & values.keys()}
+
+        def flat(*leaves: th.Tensor) -> tuple[th.Tensor, ...]:
+            return tuple(graph(*tree_like(inputs, iter(leaves))))
+
+        with warnings.catch_warnings(), th.no_grad():
+            warnings.simplefilter("ignore")  # on TorchScript's future, which is why there is a plain path
+            self.script = th.jit.trace(flat, tuple(tree_leaves(inputs)), check_trace=False)  # type: ignore[no-untyped-call]
+        # Whether it has given the plain hook's numbers for another minibatch
+        self.verified = False
+
+    def current(self) -> bool:
+        """Whether the constants are still the model's."""
+        values = vars(self.hooks.model)
+        for name, constant in self.constants.items():
+            value = values.get(name)
+            if value is not constant and not (type(value) in PLAIN_TYPES and value == constant):
+                return False
+        return True
+
+    def __call__(self, leaves: Tensors) -> Tensors:
+        with th.no_grad():
+            return self.script(*leaves)  # type: ignore[no-any-return]
+
+
+class TracedTraining:
+    """
+    A model's hooks, interpreted once they have been called often with inputs of the same shapes.
+
+    A graph is used after it gave the plain hook's numbers, bit for bit, on another minibatch than it was traced with; a hook
+    that cannot be traced, or depends on more than its inputs, goes on as it is. So it does where the network has modules
+    that depend on the training mode, and on other devices than the CPU.
+
+    :param model: the model
+    """
+
+    def __init__(self, model: "ValueBasedAlgorithm") -> None:
+        self.model = model
+        self.calls_before_tracing = CALLS_BEFORE_TRACING
+        self._updater: Updater | None = None
+        self._calls: Counter[tuple] = Counter()
+        # None where tracing failed
+        self._graphs: dict[tuple, Graph | None] = {}
+        # How often a setting of the model changed that is a constant of a graph
+        self._n_changes = 0
+
+    def _possible(self, updater: Updater) -> bool:
+        """Whether hooks can be traced at all; what was traced of another updater is forgotten."""
+        if updater is not self._updater:
+            self._updater = updater
+            self._graphs.clear()
+            flat = isinstance(updater, FlatUpdater) and updater.flat.data.device.type == "cpu"
+            self._on = flat and not self.model.policy.has_modes
+            if flat:
+                assert isinstance(updater, FlatUpdater)
+                self._parameters = [updater.flat.views(updater.flat.data), updater.flat_target.views(updater.flat_target.data)]
+        return self._on and self.model.flat_parameters
+
+    def targets(self, updater: Updater, samples: Any) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        What ``model._compute_targets()`` returns.
+
+        :param updater: what applies the model's gradients
+        :param samples: one or several minibatches
+        """
+
+        def plain() -> Tensors:
+            with th.no_grad():
+                targets, metrics = self.model._compute_targets(samples)
+            self._metric_names = list(metrics)
+            return [targets, *metrics.values()]
+
+        targets, *metrics = self._run("targets", updater, plain, samples, [])
+        return targets, dict(zip(self._metric_names, metrics, strict=True))
+
+    def gradient(self, updater: Updater, samples: Any, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Loss, gradient norm and acting values; the parameters get their clipped gradients.
+
+        :param updater: what applies the model's gradients
+        :param samples: a minibatch
+        :param targets: its targets
+        """
+
+        def plain() -> Tensors:
+            losses, q_values = self.model._compute_loss(samples, targets)
+            loss = losses.mean()
+            norm = updater.backward(loss, self.model.max_grad_norm)
+            return [loss.detach(), norm, q_values, *([updater.flat.grad] if isinstance(updater, FlatUpdater) else [])]
+
+        loss, norm, q_values, *gradient = self._run("gradient", updater, plain, samples, [targets])
+        if isinstance(updater, FlatUpdater):
+            updater.flat.grad.copy_(gradient[0])
+        return loss, norm, q_values
+
+    def _run(self, name: str, updater: Updater, plain: Callable[[], Tensors], samples: Any, more: Tensors) -> Tensors:
+        if not self._possible(updater):
+            return plain()
+        leaves = tree_leaves(samples)
+        key = (name, *[(leaf.shape, leaf.dtype) for leaf in leaves])
+        self._calls[key] += 1
+        if self._calls[key] <= self.calls_before_tracing:
+            return plain()
+        temperature = self.model.temperature_module.inputs()
+        if key not in self._graphs:
+            if len(self._graphs) < MAX_GRAPHS:
+                self._graphs[key] = self._trace(name, samples, [*self._parameters, temperature, leaves, *more])
+            return plain()
+        graph = self._graphs[key]
+        if graph is None:
+            return plain()
+        if not graph.current():
+            self._n_changes += 1
+            self._graphs[key] = None
+            if self._n_changes < MAX_CHANGES:
+                del self._graphs[key]
+            return plain()
+        inputs = [*self._parameters[0], *self._parameters[1], *temperature, *leaves, *more]
+        if graph.verified:
+            return graph(inputs)
+        with th.random.fork_rng(devices=[]):
+            results = graph(inputs)
+        expected = plain()
+        graph.verified = len(results) == len(expected) and all(map(th.equal, results, expected))
+        if not graph.verified:
+            self._graphs[key] = None
+        return expected
+
+    def _trace(self, name: str, samples: Any, inputs: list[Any]) -> Graph | None:
+        assert isinstance(self._updater, FlatUpdater)
+        hooks = Hooks(self.model, self._updater, samples)
+        try:
+            return Graph(getattr(hooks, name), hooks, inputs)
+        except Exception:  # whatever tracing raises: the hook itself goes on
+            return None
