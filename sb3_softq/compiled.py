@@ -17,11 +17,10 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_softq import operators
 from sb3_softq.diagnostics import find_divergence
-from sb3_softq.flat import FlatUpdater, Updater
+from sb3_softq.flat import FlatUpdater, Updater, clip_coefficient
 from sb3_softq.replay import split_samples
-from sb3_softq.traced import Hooks, Tensors, trace, tree_leaves, tree_like
+from sb3_softq.traced import Hooks, Tensors, trace, tree_leaves
 
 if TYPE_CHECKING:
     from sb3_softq.value_based.base import ValueBasedAlgorithm
@@ -120,22 +119,15 @@ class CompiledUpdate:
     def _step(self, state: Tensors, fixed: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
         """One update: new state, and the loss, the norm, the action values and what to log of the targets."""
         *leaves, rates = inputs
-        metrics: Tensors = []
-        if self.frozen:
-            *leaves, targets = leaves
-        else:
-            targets, *metrics = self._targets(state, fixed, leaves)
-        hook_inputs = self._hook_inputs(state, fixed)
-        loss, norm, q_values, grad = self.hooks.gradient(*hook_inputs, leaves, targets)
+        targets = [leaves.pop()] if self.frozen else []
+        outputs = self.hooks.update(*self._hook_inputs(state, fixed), leaves, targets)
+        grad, loss, norm, q_values, _, *metrics = outputs
+        grad = grad * clip_coefficient(norm, self.model.max_grad_norm)
         optimizer = self.updater.flat_optimizer
         new_state = _adam(state[0], grad, state[1:3], rates[:3], optimizer.settings())
         if self.temperature.learned:
-            mask = self.model._mask_rows(tree_like(self.hooks.samples, iter(leaves)))
-            with self.temperature.replaced(hook_inputs[2]):
-                entropies = operators.entropy(q_values, self.model._acting_temperature, mask)
-            settings = {"betas": (0.9, 0.999), "eps": 1e-8}
-            difference = self.temperature.excess_entropy(entropies, mask)
-            new_state += _adam(state[3], difference, state[4:6], rates[3:6], settings)
+            excess, *metrics = metrics
+            new_state += _adam(state[3], excess, state[4:6], rates[3:6], {"betas": (0.9, 0.999), "eps": 1e-8})
         # An update that is not finite changes nothing, and neither do those after it
         fine = th.isfinite(loss + norm) & (state[-1] > 0)
         new_state = [th.where(fine, new, old).detach() for new, old in zip(new_state, state, strict=False)]

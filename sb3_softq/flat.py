@@ -15,15 +15,14 @@ from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
 
-def clip_gradient(gradient: th.Tensor, max_grad_norm: float) -> tuple[th.Tensor, th.Tensor]:
+def clip_coefficient(norm: th.Tensor, max_grad_norm: float) -> th.Tensor:
     """
-    A gradient no longer than ``max_grad_norm``, and its norm before; as ``clip_grad_norm_``, without a branch on the norm.
+    What a gradient is multiplied by so that it is no longer than ``max_grad_norm``; as in ``clip_grad_norm_``.
 
-    :param gradient: ``(n_parameters,)``
+    :param norm: its norm, without dimensions
     :param max_grad_norm: largest norm
     """
-    norm = th.linalg.vector_norm(gradient)
-    return gradient * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm
+    return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 class FlatParameters:
@@ -192,17 +191,31 @@ class Updater:
         """Whether the object still serves: nothing it refers to was replaced."""
         return True
 
-    def backward(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
+    def backward(self, loss: th.Tensor) -> tuple[Any, th.Tensor]:
         """
-        Gradients of a loss, clipped.
+        Gradients of a loss, for :meth:`set_gradient`, and their norm.
 
         :param loss: without dimensions
-        :param max_grad_norm: largest norm
-        :return: the norm before clipping, without dimensions
         """
         self.optimizer.zero_grad()
         loss.backward()
-        return nn.utils.clip_grad_norm_(self.network.parameters(), max_grad_norm)
+        return None, nn.utils.get_total_norm([own.grad for own in self.network.parameters() if own.grad is not None])
+
+    def set_gradient(self, gradient: Any) -> None:
+        """
+        Give the parameters their gradients.
+
+        :param gradient: what :meth:`backward` returned
+        """
+
+    def clip(self, norm: th.Tensor, max_grad_norm: float) -> None:
+        """
+        Make the gradient shorter where it is too long.
+
+        :param norm: its norm
+        :param max_grad_norm: largest norm
+        """
+        nn.utils.clip_grads_with_norm_(self.network.parameters(), max_grad_norm, norm)
 
     def step(self) -> None:
         """One step of the optimiser."""
@@ -243,13 +256,19 @@ class FlatUpdater(Updater):
     def intact(self) -> bool:
         return self.flat.intact() and self.flat_target.intact() and self.flat_optimizer.intact()
 
-    def backward(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
-        grad = self.flat.grad
-        grad.zero_()
+    def backward(self, loss: th.Tensor) -> tuple[Any, th.Tensor]:
+        self.flat.grad.zero_()
         loss.backward()
-        clipped, norm = clip_gradient(grad, max_grad_norm)
-        grad.copy_(clipped)
-        return norm
+        return self.flat.grad, th.linalg.vector_norm(self.flat.grad)
+
+    def set_gradient(self, gradient: Any) -> None:
+        if gradient is not self.flat.grad:
+            self.flat.grad.copy_(gradient)
+
+    def clip(self, norm: th.Tensor, max_grad_norm: float) -> None:
+        # Multiplying by 1 is left out where looking costs nothing
+        if norm.device.type != "cpu" or norm.item() + 1e-6 > max_grad_norm:
+            self.flat.grad.mul_(clip_coefficient(norm, max_grad_norm))
 
     def step(self) -> None:
         self.flat_optimizer.step()

@@ -166,17 +166,16 @@ class Temperature(nn.Module):
             return entropies.mean() - self.target_entropy
         return (entropies - self.target_fraction * mask.sum(dim=1, keepdim=True).to(entropies.dtype).log()).mean()
 
-    def learn(self, entropies: th.Tensor, learning_rate: float, mask: th.Tensor | None = None) -> None:
+    def learn(self, excess_entropy: th.Tensor, learning_rate: float) -> None:
         """
         One gradient step of a learned temperature.
 
-        :param entropies: entropies of the current policy in nats, ``(batch_size, 1)``
+        :param excess_entropy: see :meth:`excess_entropy`; without dimensions
         :param learning_rate: step size
-        :param mask: valid actions, ``(batch_size, n_actions)``
         """
         update_learning_rate(self.optimizer, learning_rate)
         # J(log_temperature) = log_temperature * (H - H_target), whose gradient is the mean difference
-        self.log_temperature.grad = self.excess_entropy(entropies.detach(), mask).to(self.log_temperature)
+        self.log_temperature.grad = excess_entropy.to(self.log_temperature)
         self.optimizer.step()
 
     # What traced updates need: they take the temperature as an input, and compiled ones learn it themselves

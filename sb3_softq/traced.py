@@ -12,12 +12,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch as th
 from torch.nn.utils.stateless import _reparametrize_module
 
-from sb3_softq.flat import FlatUpdater, Updater, clip_gradient
+from sb3_softq import operators
+from sb3_softq.flat import FlatUpdater, Updater
 
 if TYPE_CHECKING:
     from sb3_softq.value_based.base import ValueBasedAlgorithm
@@ -131,26 +132,64 @@ class Hooks:
         self.metric_names = list(metrics)
         return [targets, *metrics.values()]
 
-    def gradient(
-        self, parameters: Tensors, target_parameters: Tensors, temperature: Tensors, leaves: Tensors, targets: th.Tensor
+    def update(
+        self, parameters: Tensors, target_parameters: Tensors, temperature: Tensors, leaves: Tensors, targets: Tensors
     ) -> Tensors:
         """
-        Loss, norm of its gradient, the acting values of the minibatch, and the clipped gradient of all parameters in one.
+        What an update needs of a minibatch: gradient of all parameters in one tensor, and the fields of an :class:`Update`.
 
         :param parameters: of the network
         :param target_parameters: of the target network
         :param temperature: see :meth:`~sb3_softq.temperature.Temperature.inputs`
-        :param leaves: the tensors of a minibatch
-        :param targets: those of the minibatch
+        :param leaves: the tensors of the minibatch
+        :param targets: its targets, or nothing to compute them here
         """
-        with th.enable_grad():
-            parameters = [parameter.detach().requires_grad_() for parameter in parameters]
-            with self._inputs(parameters, target_parameters, temperature):
-                losses, q_values = self.model._compute_loss(tree_like(self.samples, iter(leaves)), targets)
+        metrics: Tensors = []
+        if not targets:
+            target, *metrics = self.targets(parameters, target_parameters, temperature, leaves)
+        else:
+            (target,) = targets
+        samples = tree_like(self.samples, iter(leaves))
+        parameters = [parameter.detach().requires_grad_() for parameter in parameters]
+        with th.enable_grad(), self._inputs(parameters, target_parameters, temperature):
+            losses, q_values = self.model._compute_loss(samples, target)
+            excess = excess_entropy(self.model, q_values.detach(), samples)
         weights = th.full_like(losses, 1 / losses.numel())  # the gradient of their mean
         gradients = th.autograd.grad(losses, parameters, weights, allow_unused=True, materialize_grads=True)
-        gradient, norm = clip_gradient(th.cat([gradient.reshape(-1) for gradient in gradients]), self.model.max_grad_norm)
-        return [losses.detach().mean(), norm, q_values.detach(), gradient]
+        gradient = th.cat([gradient.reshape(-1) for gradient in gradients])
+        norm = th.linalg.vector_norm(gradient)
+        return [gradient, losses.detach().mean(), norm, q_values.detach(), target, *excess, *metrics]
+
+
+def excess_entropy(model: "ValueBasedAlgorithm", q_values: th.Tensor, samples: Any) -> Tensors:
+    """
+    What a learned temperature learns from; nothing of another.
+
+    :param model: the model
+    :param q_values: acting values of a minibatch
+    :param samples: the minibatch
+    """
+    if not model.temperature_module.learned:
+        return []
+    mask = model._mask_rows(samples)
+    entropies = operators.entropy(q_values, model._acting_temperature, mask)
+    return [model.temperature_module.excess_entropy(entropies, mask)]
+
+
+class Update(NamedTuple):
+    """What is known of an update before the step is taken; tensors without dimensions unless it says otherwise."""
+
+    loss: th.Tensor
+    #: before clipping
+    grad_norm: th.Tensor
+    #: of the minibatch, ``(n_rows, n_actions)``
+    q_values: th.Tensor
+    #: of the minibatch, see ``_compute_targets()``
+    targets: th.Tensor
+    #: for a learned temperature
+    excess_entropy: th.Tensor | None
+    #: of the targets, to log the mean of; of any shape
+    metrics: dict[str, th.Tensor]
 
 
 @contextmanager
@@ -250,48 +289,61 @@ class TracedTraining:
         :param updater: what applies the model's gradients
         :param samples: one or several minibatches
         """
-
-        def plain() -> Tensors:
-            with th.no_grad():
-                targets, metrics = self.model._compute_targets(samples)
-            self._metric_names = list(metrics)
-            return [targets, *metrics.values()]
-
-        targets, *metrics = self._run("targets", updater, plain, samples, [])
+        targets, *metrics = self._run("targets", updater, lambda: self._plain_targets(samples), samples, [])
         return targets, dict(zip(self._metric_names, metrics, strict=True))
 
-    def gradient(self, updater: Updater, samples: Any, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def update(
+        self, updater: Updater, samples: Any, targets: th.Tensor | None = None, metrics: dict[str, th.Tensor] | None = None
+    ) -> Update:
         """
-        Loss, gradient norm and acting values; the parameters get their clipped gradients.
+        Compute a minibatch's gradient, which the parameters get, and what else there is to know.
 
         :param updater: what applies the model's gradients
-        :param samples: a minibatch
-        :param targets: its targets
+        :param samples: the minibatch
+        :param targets: its targets, where they are known
+        :param metrics: what to log of these
         """
 
         def plain() -> Tensors:
-            losses, q_values = self.model._compute_loss(samples, targets)
+            own: Tensors = []
+            minibatch_targets = targets
+            if minibatch_targets is None:
+                minibatch_targets, *own = self._plain_targets(samples)
+            losses, q_values = self.model._compute_loss(samples, minibatch_targets)
             loss = losses.mean()
-            norm = updater.backward(loss, self.model.max_grad_norm)
-            return [loss.detach(), norm, q_values, *([updater.flat.grad] if isinstance(updater, FlatUpdater) else [])]
+            gradient, norm = updater.backward(loss)
+            excess = excess_entropy(self.model, q_values, samples)
+            return [gradient, loss.detach(), norm, q_values, minibatch_targets, *excess, *own]
 
-        loss, norm, q_values, *gradient = self._run("gradient", updater, plain, samples, [targets])
-        if isinstance(updater, FlatUpdater):
-            updater.flat.grad.copy_(gradient[0])
-        return loss, norm, q_values
+        gradient, loss, norm, q_values, target, *more = self._run(
+            "update", updater, plain, samples, [] if targets is None else [targets]
+        )
+        updater.set_gradient(gradient)
+        excess = more.pop(0) if self.model.temperature_module.learned else None
+        if metrics is None:
+            metrics = dict(zip(self._metric_names, more, strict=True))
+        return Update(loss, norm, q_values, target, excess, metrics)
+
+    def _plain_targets(self, samples: Any) -> Tensors:
+        with th.no_grad():
+            targets, metrics = self.model._compute_targets(samples)
+        self._metric_names = list(metrics)
+        return [targets, *metrics.values()]
 
     def _run(self, name: str, updater: Updater, plain: Callable[[], Tensors], samples: Any, more: Tensors) -> Tensors:
         if not self._possible(updater):
             return plain()
         leaves = tree_leaves(samples)
-        key = (name, *[(leaf.shape, leaf.dtype) for leaf in leaves])
+        key = (name, len(more), *[(leaf.shape, leaf.dtype) for leaf in leaves])
         self._calls[key] += 1
         if self._calls[key] <= self.calls_before_tracing:
             return plain()
         temperature = self.model.temperature_module.inputs()
         if key not in self._graphs:
             if len(self._graphs) < MAX_GRAPHS:
-                self._graphs[key] = self._trace(name, samples, [*self._parameters, temperature, leaves, *more])
+                self._graphs[key] = self._trace(
+                    name, samples, [*self._parameters, temperature, leaves, *([more] if name == "update" else [])]
+                )
             return plain()
         graph = self._graphs[key]
         if graph is None:

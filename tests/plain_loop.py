@@ -26,7 +26,8 @@ def plain_updates(model, minibatches):
         optimizer.step()
         if temperature.learned:
             mask = model._mask_rows(replay_data)
-            temperature.learn(operators.entropy(q_values, model._acting_temperature, mask), learning_rate, mask)
+            entropies = operators.entropy(q_values.detach(), model._acting_temperature, mask)
+            temperature.learn(temperature.excess_entropy(entropies, mask), learning_rate)
 
 
 def plain_target_update(model):

@@ -21,7 +21,7 @@ def entropy_of(values, temperature):
 
 def learn(temperature, entropy, n_steps=1, learning_rate=0.01):
     for _ in range(n_steps):
-        temperature.learn(th.tensor([[entropy]]), learning_rate)
+        temperature.learn(temperature.excess_entropy(th.tensor([[entropy]])), learning_rate)
     return float(temperature.value)
 
 
@@ -99,7 +99,7 @@ def test_gradient_is_the_difference_of_the_entropies():
     log_temperature = temperature.log_temperature.detach().clone().requires_grad_()
     (log_temperature * (entropies - 0.3)).mean().backward()
     before = temperature.log_temperature.item()
-    temperature.learn(entropies, learning_rate=0.1)
+    temperature.learn(temperature.excess_entropy(entropies), learning_rate=0.1)
     assert temperature.log_temperature.item() == pytest.approx(before - 0.1 * float(log_temperature.grad))
 
 
@@ -119,7 +119,9 @@ def test_entropy_reaches_its_target(initial, fraction, n_actions):
     values = th.linspace(0.0, 1.0, n_actions).view(1, -1)
     temperature = Temperature(initial, f"auto_{fraction}", n_actions)
     for step in range(800):
-        temperature.learn(entropy_of(values, temperature.value), learning_rate=0.1 if step < 400 else 0.01)
+        temperature.learn(
+            temperature.excess_entropy(entropy_of(values, temperature.value)), learning_rate=0.1 if step < 400 else 0.01
+        )
     assert float(entropy_of(values, temperature.value)) == pytest.approx(fraction * math.log(n_actions), rel=0.01)
 
 
@@ -140,7 +142,7 @@ def test_state_holds_temperature_and_optimizer():
 def test_learning_needs_no_gradient_of_the_entropies():
     values = th.tensor([[0.0, 1.0]], requires_grad=True)
     temperature = Temperature("auto", n_actions=2)
-    temperature.learn(entropy_of(values, 1.0), 0.01)
+    temperature.learn(temperature.excess_entropy(entropy_of(values, 1.0)), 0.01)
     assert values.grad is None
 
 

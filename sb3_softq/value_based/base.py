@@ -600,7 +600,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         :param estimates: what :meth:`_estimates` returned
         :param actions: ``(n_rows, 1)``
         :param mask: valid actions, ``(n_rows, n_actions)``, or None for all
-        :return: the bonus of the joint action (see :meth:`_joint`), and what to log of it, as tensors without dimensions
+        :return: the bonus of the joint action (see :meth:`_joint`), and what to log the mean of: name -> tensor
         """
         raise NotImplementedError
 
@@ -629,7 +629,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         Regression targets of the taken actions; called without gradients.
 
         :param replay_data: a minibatch
-        :return: targets, of the shape that :meth:`_joint` gives, and what to log of them, as tensors without dimensions
+        :return: targets, of the shape that :meth:`_joint` gives, and what to log the mean of
         """
         if getattr(replay_data, "steps", None) is not None:
             return n_step_targets(self, replay_data)
@@ -670,11 +670,12 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
     def _minibatches(
         self, updater: Updater, gradient_steps: int, batch_size: int
-    ) -> Iterator[tuple[ReplayBufferSamples, th.Tensor, dict[str, th.Tensor]]]:
+    ) -> Iterator[tuple[ReplayBufferSamples, th.Tensor | None, dict[str, th.Tensor] | None]]:
         """
         The minibatches of a call of :meth:`train`, with their targets and what to log of these.
 
-        Our own buffers are sampled for many minibatches at once, and frozen targets are computed for them together.
+        Our own buffers are sampled for many minibatches at once, and frozen targets are computed for them together; others
+        are left to the update.
         """
         assert self.replay_buffer is not None
         at_once = self.batches_at_once(batch_size)
@@ -682,14 +683,13 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             n_batches = min(at_once, gradient_steps - start)
             samples = self._sample(n_batches * batch_size)
             minibatches = split_samples(samples, n_batches)
-            if self._targets_frozen():
+            if n_batches > 1 and self._targets_frozen():
                 targets, metrics = self._traced.targets(updater, samples)
                 for minibatch, minibatch_targets in zip(minibatches, targets.chunk(n_batches), strict=True):
                     yield minibatch, minibatch_targets, metrics
             else:
                 for minibatch in minibatches:
-                    targets, metrics = self._traced.targets(updater, minibatch)
-                    yield minibatch, targets, metrics
+                    yield minibatch, None, None
 
     def _sample(self, n_samples: int) -> Any:
         """Samples of the replay buffer, with what the algorithm adds to them."""
@@ -733,19 +733,19 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         if self.torch_compile and (gradient_steps := self._compiled.train(updater, gradient_steps, batch_size)) == 0:
             return
 
-        for replay_data, targets, target_metrics in self._minibatches(updater, gradient_steps, batch_size):  # noqa: B007
-            loss, grad_norm, q_values = self._traced.gradient(updater, replay_data, targets)
+        for replay_data, targets, metrics in self._minibatches(updater, gradient_steps, batch_size):
+            update = self._traced.update(updater, replay_data, targets, metrics)
+            loss, grad_norm, q_values = update[:3]
             if not math.isfinite(loss.item() + grad_norm.item()):
-                raise find_divergence(replay_data, targets, q_values, loss, self._n_updates, self.num_timesteps)
+                raise find_divergence(replay_data, update.targets, q_values, loss, self._n_updates, self.num_timesteps)
+            updater.clip(grad_norm, self.max_grad_norm)
             updater.step()
             self._n_updates += 1
             self._losses.append((loss, grad_norm))
-            if self.temperature_module.learned:
-                mask = self._mask_rows(replay_data)
-                entropies = operators.entropy(q_values, self._acting_temperature, mask)
-                self.temperature_module.learn(entropies, self.policy.optimizer.param_groups[0]["lr"], mask)
+            if update.excess_entropy is not None:
+                self.temperature_module.learn(update.excess_entropy, self.policy.optimizer.param_groups[0]["lr"])
 
-        self._report(q_values, target_metrics, self._mask_rows(replay_data))
+        self._report(q_values, update.metrics, self._mask_rows(replay_data))
 
     def _report(self, q_values: th.Tensor, target_metrics: dict[str, th.Tensor], mask: th.Tensor | None) -> None:
         """Log the means since the last report, and statistics of the last minibatch, with one read from the device."""
@@ -760,6 +760,6 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             "grad_norm": grad_norms.mean(),
             "temperature": th.as_tensor(self.current_temperature, dtype=q_values.dtype, device=q_values.device),
             **policy_statistics(q_values, self._acting_temperature, mask, self.acts_on_q_values),
-            **target_metrics,
+            **{name: values.to(q_values.dtype).mean() for name, values in target_metrics.items()},
         }
         self._record(metrics)

@@ -26,14 +26,13 @@ def munchausen_bonus(
     gap: th.Tensor, munchausen_alpha: float, munchausen_clip: float
 ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
     """
-    ``munchausen_alpha * max(gap, munchausen_clip)``, and the share of gaps that the clip bounds, to log.
+    ``munchausen_alpha * max(gap, munchausen_clip)``, and which gaps the clip bounds, to log their share.
 
     :param gap: a scaled log-policy, or another distance of an action from its state's value
     :param munchausen_alpha: its weight
     :param munchausen_clip: its lower bound before it is weighted
     """
-    metrics = {"munchausen_clip_fraction": (gap <= munchausen_clip).to(gap.dtype).mean()}
-    return munchausen_alpha * gap.clamp(min=munchausen_clip), metrics
+    return munchausen_alpha * gap.clamp(min=munchausen_clip), {"munchausen_clip_fraction": gap <= munchausen_clip}
 
 
 class GapIncreasingAlgorithm(ValueBasedAlgorithm):
