@@ -66,11 +66,14 @@ class FlatParameters:
         pieces = flat.split([parameter.numel() for parameter in self.parameters])
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
+    def in_place(self) -> bool:
+        """Whether the parameters are still the views that this object made."""
+        return [parameter.data_ptr() for parameter in self.parameters] == self._pointers
+
     def intact(self) -> bool:
         """Whether the parameters and gradients are still the views that this object made."""
-        if [parameter.data_ptr() for parameter in self.parameters] != self._pointers:
-            return False
-        return all([own.grad is grad and own.requires_grad for own, grad in zip(self.parameters, self._grads)])  # noqa: B905
+        grads = zip(self.parameters, self._grads, strict=True)
+        return self.in_place() and all([own.grad is grad and own.requires_grad for own, grad in grads])
 
 
 class FlatOptimizer:
@@ -144,7 +147,7 @@ class FlatOptimizer:
         if not self.fused:
             return not self._can_fuse()
         state = self.optimizer.state
-        shared = zip(self.flat.parameters, self._shared)  # noqa: B905
+        shared = zip(self.flat.parameters, self._shared, strict=True)
         return all([parameter in state and state[parameter] is own for parameter, own in shared])
 
     def step(self) -> None:
@@ -254,7 +257,7 @@ class FlatUpdater(Updater):
         return flat and not decays
 
     def intact(self) -> bool:
-        return self.flat.intact() and self.flat_target.intact() and self.flat_optimizer.intact()
+        return self.flat.intact() and self.flat_target.in_place() and self.flat_optimizer.intact()
 
     def backward(self, loss: th.Tensor) -> tuple[Any, th.Tensor]:
         self.flat.grad.zero_()

@@ -39,11 +39,11 @@ def tree_leaves(tree: Any) -> Tensors:
     """
     The tensors of samples, in order.
 
-    :param tree: a tensor, None, or a dict, a list or a named tuple of such
+    :param tree: a tensor, or a dict, a list or a named tuple of such; anything else has none
     """
     if isinstance(tree, th.Tensor):
         return [tree]
-    if tree is None:
+    if not isinstance(tree, (dict, list, tuple)):
         return []
     return [leaf for branch in (tree.values() if isinstance(tree, dict) else tree) for leaf in tree_leaves(branch)]
 
@@ -57,8 +57,8 @@ def tree_like(tree: Any, leaves: Iterator[th.Tensor]) -> Any:
     """
     if isinstance(tree, th.Tensor):
         return next(leaves)
-    if tree is None:
-        return None
+    if not isinstance(tree, (dict, list, tuple)):
+        return tree
     if isinstance(tree, dict):
         return {key: tree_like(branch, leaves) for key, branch in tree.items()}
     branches = [tree_like(branch, leaves) for branch in tree]
@@ -160,6 +160,19 @@ class Hooks:
         norm = th.linalg.vector_norm(gradient)
         return [gradient, losses.detach().mean(), norm, q_values.detach(), target, *excess, *metrics]
 
+    def actions(self, parameters: Tensors, target_parameters: Tensors, temperature: Tensors, leaves: Tensors) -> Tensors:
+        """
+        Actions, and the values that they are chosen by.
+
+        :param parameters: of the network
+        :param target_parameters: of the target network
+        :param temperature: see :meth:`~sb3_softq.temperature.Temperature.inputs`
+        :param leaves: the tensors of observations, and masks if there are any
+        """
+        observations, masks, sample = tree_like(self.samples, iter(leaves))
+        with th.no_grad(), self._inputs(parameters, target_parameters, temperature):
+            return list(self.model._act(observations, masks, sample))
+
 
 def excess_entropy(model: "ValueBasedAlgorithm", q_values: th.Tensor, samples: Any) -> Tensors:
     """
@@ -220,7 +233,7 @@ class Graph:
 
     def __init__(self, function: Callable[..., Tensors], hooks: Hooks, inputs: list[Any]) -> None:
         self.hooks = hooks
-        with _recorded_attributes(hooks.model) as names, th.random.fork_rng(devices=[]):
+        with _recorded_attributes(hooks.model) as names:
             graph = trace(function, *inputs)
         values = vars(hooks.model)
         # What became a constant
@@ -316,7 +329,7 @@ class TracedTraining:
             return [gradient, loss.detach(), norm, q_values, minibatch_targets, *excess, *own]
 
         gradient, loss, norm, q_values, target, *more = self._run(
-            "update", updater, plain, samples, [] if targets is None else [targets]
+            "update", updater, plain, samples, [] if targets is None else [targets], variant=targets is None
         )
         updater.set_gradient(gradient)
         excess = more.pop(0) if self.model.temperature_module.learned else None
@@ -324,17 +337,39 @@ class TracedTraining:
             metrics = dict(zip(self._metric_names, more, strict=True))
         return Update(loss, norm, q_values, target, excess, metrics)
 
+    def act(self, observations: Any, masks: th.Tensor | None, sample: bool) -> th.Tensor:
+        """
+        Actions for observations.
+
+        :param observations: states
+        :param masks: valid actions, or None for all
+        :param sample: whether to sample the policy, not to take its best actions
+        :return: ``(n_rows,)``
+        """
+
+        def plain() -> Tensors:
+            with th.no_grad():
+                return list(self.model._act(observations, masks, sample))
+
+        updater = self.model._updater
+        if not isinstance(updater, FlatUpdater) or not updater.flat.in_place():
+            return plain()[0]
+        return self._run("actions", updater, plain, [observations, masks, sample], [], variant=sample)[0]
+
     def _plain_targets(self, samples: Any) -> Tensors:
         with th.no_grad():
             targets, metrics = self.model._compute_targets(samples)
         self._metric_names = list(metrics)
         return [targets, *metrics.values()]
 
-    def _run(self, name: str, updater: Updater, plain: Callable[[], Tensors], samples: Any, more: Tensors) -> Tensors:
+    def _run(
+        self, name: str, updater: Updater, plain: Callable[[], Tensors], samples: Any, more: Tensors, variant: bool = False
+    ) -> Tensors:
+        """The outputs of a hook, by its name, or ``plain()``, which gives the same. Variants have graphs of their own."""
         if not self._possible(updater):
             return plain()
         leaves = tree_leaves(samples)
-        key = (name, len(more), *[(leaf.shape, leaf.dtype) for leaf in leaves])
+        key = (name, variant, *[(leaf.shape, leaf.dtype) for leaf in leaves])
         self._calls[key] += 1
         if self._calls[key] <= self.calls_before_tracing:
             return plain()
@@ -369,6 +404,7 @@ class TracedTraining:
         assert isinstance(self._updater, FlatUpdater)
         hooks = Hooks(self.model, self._updater, samples)
         try:
-            return Graph(getattr(hooks, name), hooks, inputs)
+            with th.random.fork_rng(devices=[]):
+                return Graph(getattr(hooks, name), hooks, inputs)
         except Exception:  # whatever tracing raises: the hook itself goes on
             return None

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import QUICK, VARIANTS, VECTOR, MaskedEnv, RandomEnv, assert_same, fill_buffer, is_same, make_model, snapshot
+from helpers import (
+    QUICK,
+    VARIANTS,
+    VECTOR,
+    MaskedEnv,
+    RandomEnv,
+    assert_same,
+    fill_buffer,
+    is_same,
+    make_model,
+    sample_batch,
+    snapshot,
+)
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import set_random_seed
 
@@ -220,3 +232,37 @@ def test_batch_norm_is_not_traced():
     model, plain = make_pair(SoftDQN, policy_kwargs=dict(net_arch=[16], features_extractor_class=BatchNorm))
     assert_train_alike(model, plain)
     assert not graphs(model)
+
+
+def act(model, observations, **kwargs):
+    set_random_seed(5)
+    return np.array([model.predict(observations, **kwargs)[0] for _ in range(20)])
+
+
+@each_variant
+@pytest.mark.parametrize("exploration", ["boltzmann", "eps_greedy"])
+def test_the_same_actions(algorithm, kwargs, exploration):
+    model, plain = make_pair(algorithm, exploration=exploration, **kwargs)
+    assert_train_alike(model, plain)
+    observations = sample_batch(VECTOR, 40)
+    for deterministic in (True, False):
+        for values in (observations, observations[0]):
+            actions = [act(one, values, deterministic=deterministic) for one in (model, plain)]
+            np.testing.assert_array_equal(*actions)
+    acting = [graph for key, graph in model._traced._graphs.items() if key[0] == "actions"]
+    assert len(acting) == (2 if exploration == "eps_greedy" else 4)
+    assert all(graph is not None and graph.verified for graph in acting)
+    assert not plain._traced._graphs
+
+
+def test_actions_follow_the_network():
+    model, plain = make_pair(MunchausenDQN)
+    assert_train_alike(model, plain)
+    observations = sample_batch(VECTOR, 40)
+    before = act(model, observations, deterministic=True)
+    for one in (model, plain):
+        for parameter in one.q_net.parameters():
+            parameter.data = -parameter.data  # in another place
+    after = [act(one, observations, deterministic=True) for one in (model, plain)]
+    np.testing.assert_array_equal(*after)
+    assert (before != after[0]).any()

@@ -32,7 +32,7 @@ from sb3_softq.compiled import CompiledTraining
 from sb3_softq.diagnostics import find_divergence, policy_statistics
 from sb3_softq.flat import FlatUpdater, Updater
 from sb3_softq.off_policy import RegularisedAlgorithm
-from sb3_softq.replay import GrowingStorage, Samples, split_samples
+from sb3_softq.replay import GrowingStorage, Samples, n_states, split_samples
 from sb3_softq.temperature import Temperature
 from sb3_softq.traced import TracedTraining
 from sb3_softq.value_based.n_step import concatenate, n_step_targets
@@ -320,31 +320,45 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
             the other), as for sb3-contrib's MaskablePPO; None for all
         :return: the actions, and ``state`` as it came
         """
-        values, vectorized_env = self._act_on(observation, self.policy.acting_values)
-        rows, mask = self._acting_rows(values, action_masks)
-        if deterministic or self.exploration == "eps_greedy":
-            actions = self.layout.to_env(greedy_actions(rows, mask))
-        else:
-            actions = self.layout.to_env(self._sample_policy(rows, mask))
+        observations, vectorized_env = self._acting_observations(observation)
+        masks = self._padded_masks(action_masks, n_states(observations))
+        sample = not deterministic and self.exploration != "eps_greedy"
+        actions = self.layout.to_env(self._traced.act(observations, masks, sample))
         if not deterministic and self.exploration != "boltzmann":
             exploring = np.flatnonzero(np.random.rand(len(actions)) < self.exploration_rate)
             if action_masks is None:
                 for i in exploring:
                     actions[i] = self.action_space.sample()
             elif len(exploring) > 0:
-                actions[exploring] = self._random_actions(mask)[exploring]
+                actions[exploring] = self._random_actions(self.layout.mask_rows(masks, len(actions)))[exploring]
         return (actions if vectorized_env else actions.squeeze(axis=0)), state
+
+    def _act(self, observations: PyTorchObs, masks: th.Tensor | None, sample: bool) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Actions, ``(n_rows,)``, and the values of the rows that they are chosen by, ``(n_rows, n_actions)``.
+
+        :param observations: states
+        :param masks: valid actions in the layout of the network's values, or None for all
+        :param sample: whether to sample the policy, not to take its best actions
+        """
+        values = self.policy.acting_values(observations)
+        rows, mask = self.layout.rows(values), self.layout.mask_rows(masks, len(values), values.device)
+        return (self._sample_policy(rows, mask) if sample else greedy_actions(rows, mask)), rows
+
+    def _padded_masks(self, action_masks: np.ndarray | None, n_observations: int) -> th.Tensor | None:
+        """Checked masks in the layout of the network's values; None for all actions."""
+        if action_masks is None:
+            return None
+        flat = [check_mask(mask, self.layout.n_flat, "predict()") for mask in np.atleast_2d(action_masks)]
+        padded = self.layout.padded_mask(np.stack(flat))
+        if len(padded) != n_observations:
+            raise ValueError(f"predict() needs a mask for each of its {n_observations} observations, not {len(padded)}")
+        check_valid(padded, self.layout, "predict()'s observation")
+        return th.from_numpy(padded).to(self.device)
 
     def _acting_rows(self, values: th.Tensor, action_masks: np.ndarray | None) -> tuple[th.Tensor, th.Tensor | None]:
         """Values of the states and heads, and which of them are valid."""
-        masks = None
-        if action_masks is not None:
-            flat = [check_mask(mask, self.layout.n_flat, "predict()") for mask in np.atleast_2d(action_masks)]
-            padded = self.layout.padded_mask(np.stack(flat))
-            if len(padded) != len(values):
-                raise ValueError(f"predict() needs a mask for each of its {len(values)} observations, not {len(padded)}")
-            check_valid(padded, self.layout, "predict()'s observation")
-            masks = th.from_numpy(padded).to(values.device)
+        masks = self._padded_masks(action_masks, len(values))
         return self.layout.rows(values), self.layout.mask_rows(masks, len(values), values.device)
 
     def _random_actions(self, mask: th.Tensor | None) -> np.ndarray:
@@ -352,8 +366,8 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         assert mask is not None
         return self.layout.to_env(greedy_actions(th.rand(mask.shape, device=mask.device), mask))
 
-    def _act_on(self, observation: np.ndarray | dict[str, np.ndarray], function: Any) -> tuple[Any, bool]:
-        """A function of observations as tensors, without gradients, and whether there was a dimension for the environments."""
+    def _acting_observations(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """Observations as tensors, and whether there was a dimension for the environments."""
         if isinstance(observation, tuple):
             raise ValueError(
                 "The observation is a tuple. With Gymnasium, reset() returns (observation, info): "
@@ -362,12 +376,14 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         self.policy.set_training_mode(False)
         if isinstance(observation, np.ndarray) and observation.shape[1:] == self._vector_shape:
             # What obs_to_tensor() does for a batch of vectors, less the copies
-            obs_tensor: PyTorchObs = th.as_tensor(np.require(observation, requirements="W"), device=self.device)
-            vectorized_env = True
-        else:
-            obs_tensor, vectorized_env = self.policy.obs_to_tensor(observation)
+            return th.as_tensor(np.require(observation, requirements="W"), device=self.device), True
+        return self.policy.obs_to_tensor(observation)
+
+    def _act_on(self, observation: np.ndarray | dict[str, np.ndarray], function: Any) -> tuple[Any, bool]:
+        """A function of observations as tensors, without gradients, and whether there was a dimension for the environments."""
+        observations, vectorized_env = self._acting_observations(observation)
         with th.no_grad():
-            return function(obs_tensor), vectorized_env
+            return function(observations), vectorized_env
 
     def _sample_policy(self, rows: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
         """Actions drawn from the policy, by adding Gumbel noise to its logits; ``(n_rows,)``."""
