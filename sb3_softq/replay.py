@@ -287,7 +287,7 @@ class GrowingStorage(ReplayBuffer):
             tree_map(lambda view, array: view.copy_(th.from_numpy(array[: len(view)])), carve(rows, fields), fields)
             self._block[: len(rows)] = rows
         row = th.zeros((1, *shape), dtype=th.uint8)
-        self._incoming = row, tree_map(th.Tensor.numpy, carve(row, fields))
+        self._incoming = row[0], tree_map(th.Tensor.numpy, carve(row, fields))
         self.__dict__.update(carve(self._block, fields))
 
     def _host_fields(self) -> dict[str, Any]:
@@ -340,7 +340,7 @@ class GrowingStorage(ReplayBuffer):
         for name, array in fields["extras"].items():
             array[row] = self.pending[name]
         if self._incoming is not None:
-            self._block[pos].copy_(self._fetchable(self._incoming[0][0]), non_blocking=True)  # type: ignore[index]
+            self._block[pos].copy_(self._fetchable(self._incoming[0]), non_blocking=True)  # type: ignore[index]
         self.pos += 1
         if self.pos == self.buffer_size:
             self.full = True
@@ -385,12 +385,12 @@ class GrowingStorage(ReplayBuffer):
             rewards, discounts, steps = self._gather_rewards(first, env).unsqueeze(1), None, None
         else:
             segments, valid = self._segments(first)
-            lengths = valid.sum(dim=1)
-            last = segments.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
+            lengths = valid.sum(dim=1, keepdim=True)
+            last = segments.gather(1, lengths - 1).squeeze(1)
             powers = discount_powers(float(self.gamma), self.n_steps, first.device)
             all_rewards = self._gather_rewards(segments, env)
             rewards = (all_rewards * (powers[:-1] * valid)).sum(dim=1, keepdim=True)
-            discounts = powers.index_select(0, lengths).unsqueeze(1)
+            discounts = powers.take(lengths)
             steps = self._gather_steps(segments[:, 1:], env) if self.keep_steps else None
             if steps is not None:
                 steps |= {"rewards": all_rewards, "valid": valid}
@@ -416,15 +416,14 @@ class GrowingStorage(ReplayBuffer):
         The indices of segments, and which of their steps count: those up to the end of the episode, or to the newest
         transition; ``(batch_size, n_steps)`` both.
         """
-        index = first.unsqueeze(1) + self.n_envs * th.arange(self.n_steps, device=first.device)
-        index = index % (self.buffer_size * self.n_envs)
+        steps = th.arange(0, self.n_steps * self.n_envs, self.n_envs, device=first.device)
+        index = (first.unsqueeze(1) + steps) % (self.buffer_size * self.n_envs)
         newest = index // self.n_envs == (self.pos - 1) % self.buffer_size
         index = index.clamp(max=self.capacity * self.n_envs - 1)  # what lies beyond never counts
         ends = newest | (self._gather(self.dones, index) > 0)
         if self.handle_timeout_termination:
             ends |= self._gather(self.timeouts, index) > 0
-        ends_before = ends.cumsum(dim=1) - ends.long()
-        return index, ends_before == 0
+        return index, ends.cumsum(dim=1) == ends  # no end before
 
     def _rows(self, array: Any) -> th.Tensor:
         """The memory of an array as a tensor with one row for each transition, ``(capacity * n_envs, ...)``."""
