@@ -193,7 +193,8 @@ class GrowingStorage(ReplayBuffer):
             return
         self._views = {}  # they would keep the old arrays alive
         if self.storage_device is not None:
-            self._allocate(self.buffer_size)
+            self._check_memory(self.storage_device)
+            self._allocate(self.storage_device, self.buffer_size)
             return
         capacity = min(max(n_rows, 2 * self.capacity, MINIMUM_CAPACITY), self.buffer_size)
         if psutil is not None:
@@ -243,9 +244,9 @@ class GrowingStorage(ReplayBuffer):
                 )
             self._check_memory(device)
         self.__dict__.update(self._host_fields())
-        self.storage_device, self._block, self._incoming, self._views = device, None, None, {}
+        self.storage_device, self._block, self._incoming, self._views = None, None, None, {}
         if device is not None:
-            self._allocate(1 if self.size() == 0 else self.buffer_size)
+            self._allocate(device, 1 if self.size() == 0 else self.buffer_size)
 
     def _find_device(self, storage_device: th.device | str | None) -> th.device | None:
         if storage_device is None or (storage_device == "auto" and self.device.type != "cuda"):
@@ -273,22 +274,20 @@ class GrowingStorage(ReplayBuffer):
                 "pass a smaller buffer_size that leaves room for the networks, or storage_device=None"
             )
 
-    def _allocate(self, n_rows: int) -> None:
-        """Storage on the device in one piece, with what the arrays of the host hold."""
-        assert self.storage_device is not None
-        if n_rows > 1:
-            self._check_memory(self.storage_device)
+    def _allocate(self, device: th.device, n_rows: int) -> None:
+        """Storage on a device in one piece, with what the arrays of the host hold."""
         fields = self._fields()
         shape = (self.n_envs, sum(field_bytes(array) for _, _, array in self._arrays()))
-        self._block = th.zeros((n_rows, *shape), dtype=th.uint8, device=self.storage_device)
+        block = th.zeros((n_rows, *shape), dtype=th.uint8, device=device)
         if self.size() > 0:
             # By way of the host, where copies of single fields do not take the device's memory
             rows = th.zeros((self.size(), *shape), dtype=th.uint8)
             tree_map(lambda view, array: view.copy_(th.from_numpy(array[: len(view)])), carve(rows, fields), fields)
-            self._block[: len(rows)] = rows
+            block[: len(rows)] = rows
         row = th.zeros((1, *shape), dtype=th.uint8)
         self._incoming = row[0], tree_map(th.Tensor.numpy, carve(row, fields))
-        self.__dict__.update(carve(self._block, fields))
+        self._block, self.storage_device = block, device
+        self.__dict__.update(carve(block, fields))
 
     def _host_fields(self) -> dict[str, Any]:
         """The :meth:`_fields` as NumPy arrays: of what was on a device, the rows in use."""
