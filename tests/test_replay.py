@@ -139,6 +139,16 @@ def test_pickle_keeps_contents_and_goes_on(kind, moment, storage_device, monkeyp
 
 
 @pytest.mark.parametrize("storage_device", [None, "cpu"])
+def test_a_file_does_not_grow_by_sampling(kind, storage_device):
+    buffer, _ = make_buffers(kind, buffer_size=40, storage_device=storage_device)
+    for transition in transitions(kind, n_envs=1, n_rows=20):
+        buffer.add(*transition)
+    size = len(pickle.dumps(buffer))
+    buffer.sample(5)
+    assert len(pickle.dumps(buffer)) == size
+
+
+@pytest.mark.parametrize("storage_device", [None, "cpu"])
 def test_reset_starts_again(kind, storage_device):
     growing, sb3 = make_buffers(kind, buffer_size=20, storage_device=storage_device)
     for transition in transitions(kind, n_envs=1, n_rows=30):
@@ -329,6 +339,17 @@ def test_storage_on_a_device_samples_what_the_host_does(options, observation_spa
     assert isinstance(device.rewards, np.ndarray) and isinstance(host.rewards, th.Tensor)
     add_rich([host, device], 8)
     assert_same(drawn(device), drawn(host))
+
+
+@pytest.mark.parametrize("storage_device", [None, "cpu"])
+def test_the_end_of_segments_is_marked_where_an_episode_goes_on(storage_device):
+    buffer = make_rich(VECTOR, dict(n_steps=3), n_envs=3, storage_device=storage_device)
+    obs = np.zeros((3, 4))
+    # One goes on, one terminates, one is cut by a time limit
+    infos = [{}, {}, {"TimeLimit.truncated": True}]
+    buffer.add(obs, obs, np.zeros(3), np.zeros(3), np.array([False, True, True]), infos)
+    buffer.end_segments()
+    assert buffer.dones[0].tolist() == [0, 1, 1] and buffer.timeouts[0].tolist() == [1, 0, 1]
 
 
 class Operations(TorchDispatchMode):
