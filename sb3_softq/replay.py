@@ -16,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 try:
     import psutil
@@ -408,7 +408,7 @@ class GrowingStorage(ReplayBuffer):
         )
         if rewards.device == self.device:
             return samples
-        return tree_map(lambda tensor: tensor.to(self.device), samples)
+        return tree_map_only(th.Tensor, lambda tensor: tensor.to(self.device), samples)
 
     def _segments(self, first: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """

@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sb3_softq import MPO, MunchausenDQN, SACDiscrete, replay
 from sb3_softq.replay import GrowingDictReplayBuffer, GrowingReplayBuffer
@@ -350,6 +350,19 @@ def test_the_end_of_segments_is_marked_where_an_episode_goes_on(storage_device):
     buffer.add(obs, obs, np.zeros(3), np.zeros(3), np.array([False, True, True]), infos)
     buffer.end_segments()
     assert buffer.dones[0].tolist() == [0, 1, 1] and buffer.timeouts[0].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("storage_device", [None, "cpu"])
+@pytest.mark.parametrize("observation_space", [VECTOR, DICT], ids=["vector", "dict"])
+@pytest.mark.parametrize("options", [{}, *RICH.values()], ids=["plain", *RICH])
+def test_minibatches_go_to_the_device_of_the_model(options, observation_space, storage_device):
+    buffer = make_rich(observation_space, options, storage_device=storage_device)
+    add_rich([buffer], 20)
+    expected = buffer.sample(5)
+    buffer.device = th.device("meta")  # the one other device that every machine has
+    samples = buffer.sample(5)
+    assert_same(tree_map(np.shape, samples), tree_map(np.shape, expected))
+    assert {leaf.device.type for leaf in tree_leaves(samples) if leaf is not None} == {"meta"}
 
 
 class Operations(TorchDispatchMode):
