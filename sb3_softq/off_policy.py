@@ -72,20 +72,23 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         return dict(n_steps=self.n_steps, gamma=self.gamma)
 
     def load_replay_buffer(self, *args: Any, **kwargs: Any) -> None:
-        """Load a replay buffer from a file; how segments are sampled from our own is the model's affair, not the file's."""
+        """Load a replay buffer from a file; where our own is stored and how it samples segments is up to the model."""
         super().load_replay_buffer(*args, **kwargs)
         if isinstance(self.replay_buffer, GrowingStorage) and self.replay_buffer_class is None:
             options = {**self._storage_options(), **self.replay_buffer_kwargs}
             for name in ("n_steps", "gamma", "keep_steps"):
                 setattr(self.replay_buffer, name, options.get(name, getattr(self.replay_buffer, name)))
+            self.replay_buffer.store_on(options.get("storage_device"))
 
     # ------------------------------------------------------------------ collecting
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         last_obs = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
-        if self._last_obs is not last_obs and isinstance(self.replay_buffer, GrowingStorage):
-            self.replay_buffer.end_segments()  # the environments were reset in the middle of their episodes
+        if isinstance(self.replay_buffer, GrowingStorage):
+            self.replay_buffer.check_normalisation(self._vec_normalize_env)
+            if self._last_obs is not last_obs:
+                self.replay_buffer.end_segments()  # the environments were reset in the middle of their episodes
         check_finite("observations", self._last_obs, self.num_timesteps)
         return result
 

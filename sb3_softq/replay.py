@@ -6,6 +6,7 @@ allocated at the first transition and doubled when it is full, up to ``buffer_si
 was loaded to be looked at, holds what it uses.
 """
 
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 try:
     import psutil
@@ -57,12 +58,56 @@ class Samples(NamedTuple):
     steps: dict[str, Any] | None = None
 
 
+@functools.lru_cache
+def discount_powers(gamma: float, n_steps: int, device: th.device) -> th.Tensor:
+    """
+    Powers of the discount factor, computed in float32 as SB3 does.
+
+    :param gamma: the discount factor
+    :param n_steps: the highest exponent
+    :param device: where the tensor is
+    :return: ``gamma ** k`` for k from 0, ``(n_steps + 1,)``
+    """
+    return th.from_numpy(gamma ** np.arange(n_steps + 1, dtype=np.float32)).to(device)
+
+
+def carve(block: th.Tensor, fields: Any) -> Any:
+    """
+    Views of a block of bytes, as rows that hold all fields of a transition one after the other.
+
+    :param block: bytes, ``(n_rows, n_envs, row_bytes)``
+    :param fields: arrays or tensors ``(any, n_envs, ...)``, in dicts: the dtypes and shapes of the views
+    :return: the same dicts, of tensors ``(n_rows, n_envs, ...)``
+    """
+    stop = 0
+
+    def view(array: Any) -> th.Tensor:
+        nonlocal stop
+        start, stop = stop, stop + field_bytes(array)
+        size = array[0, 0].nbytes
+        return block[..., start : start + size].view(th.as_tensor(array).dtype).view(*block.shape[:2], *array.shape[2:])
+
+    return tree_map(view, fields)
+
+
+def field_bytes(array: Any) -> int:
+    """
+    Bytes that a field of one transition takes in a block, where all begin at multiples of 8.
+
+    :param array: array or tensor ``(any, n_envs, ...)``
+    """
+    return -(-array[0, 0].nbytes // 8) * 8
+
+
 class GrowingStorage(ReplayBuffer):
     """
     Mixin before one of SB3's buffers: its arrays have :attr:`capacity` rows, at most ``buffer_size``.
 
     If the memory runs out, the buffer stays at the size it has, with a warning, and overwrites its oldest transitions:
     the training goes on.
+
+    With a ``storage_device`` the same fields are tensors there, allocated in full at the first transition; a transition goes
+    to them by one copy and a minibatch is gathered from them, and neither waits for the device.
 
     :param buffer_size: number of transitions to keep
     :param observation_space: observation space of the environment
@@ -74,7 +119,18 @@ class GrowingStorage(ReplayBuffer):
     :param keep_steps: whether segments come with their single steps (:attr:`Samples.steps`)
     :param extra_fields: name -> (shape, dtype) of what is stored beside each transition; :attr:`pending` is where
         :meth:`add` takes it from
+    :param storage_device: where transitions are kept: None for NumPy arrays, a CUDA device (or ``"cpu"``) for tensors there,
+        ``"auto"`` for ``device`` if that is a CUDA device and None otherwise
+    :raises ValueError: for a ``storage_device`` that cannot be used, or not with the other arguments
+    :raises MemoryError: if the ``storage_device`` has less free memory than ``buffer_size`` transitions take
     """
+
+    #: Where transitions are kept: None for NumPy arrays
+    storage_device: th.device | None = None
+    # What is at the storage device: bytes, (capacity, n_envs, row_bytes), of which all fields are views; and on the host
+    # such a row of one transition, as bytes and as fields
+    _block: th.Tensor | None = None
+    _incoming: tuple[th.Tensor, dict[str, Any]] | None = None
 
     def __init__(
         self,
@@ -87,6 +143,7 @@ class GrowingStorage(ReplayBuffer):
         gamma: float = 0.99,
         keep_steps: bool = False,
         extra_fields: dict[str, tuple[tuple[int, ...], Any]] | None = None,
+        storage_device: th.device | str | None = None,
         **kwargs: Any,
     ) -> None:
         # SB3 allocates in its constructor: a single row, whose dtypes and shapes all later ones have
@@ -98,6 +155,11 @@ class GrowingStorage(ReplayBuffer):
         }
         #: What the next :meth:`add` stores besides its arguments, ``(n_envs, ...)`` each
         self.pending: dict[str, np.ndarray] = {}
+        # id of an array -> the array, and its memory as a tensor with one row for each transition
+        self._views: dict[int, tuple[Any, th.Tensor]] = {}
+        self.store_on(storage_device)
+
+    # ------------------------------------------------------------------ storage
 
     @property
     def capacity(self) -> int:
@@ -107,23 +169,32 @@ class GrowingStorage(ReplayBuffer):
     @property
     def transition_bytes(self) -> int:
         """Memory that one transition takes."""
-        return sum(array[0].nbytes for _, _, array in self._arrays()) // self.n_envs
+        return sum(array.nbytes for _, _, array in self._arrays()) // (self.capacity * self.n_envs)
 
-    def _arrays(self) -> list[tuple[Any, str, np.ndarray]]:
+    def _fields(self) -> dict[str, Any]:
+        """The attributes that hold transitions: arrays ``(capacity, n_envs, ...)``, or dicts of them."""
+        names = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts", "extras")
+        return {name: self.__dict__[name] for name in names if name in self.__dict__}
+
+    def _arrays(self) -> list[tuple[Any, str, Any]]:
         """All storage as (owner, name, array), where the owner is the buffer's ``__dict__`` or a dict of observations."""
-        arrays: list[tuple[Any, str, np.ndarray]] = []
-        for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts", "extras"):
-            array = getattr(self, name, None)
-            if isinstance(array, dict):
-                arrays += [(array, key, array[key]) for key in array]
-            elif array is not None:
-                arrays.append((self.__dict__, name, array))
+        arrays: list[tuple[Any, str, Any]] = []
+        for name, field in self._fields().items():
+            if isinstance(field, dict):
+                arrays += [(field, key, array) for key, array in field.items()]
+            else:
+                arrays.append((self.__dict__, name, field))
         return arrays
 
     def _reserve(self, n_rows: int) -> None:
         """Make room for at least ``n_rows`` rows, if ``buffer_size`` and the memory allow it."""
         n_rows = min(n_rows, self.buffer_size)
         if n_rows <= self.capacity:
+            return
+        self._views = {}  # they would keep the old arrays alive
+        if self.storage_device is not None:
+            self._check_memory(self.storage_device)
+            self._allocate(self.storage_device, self.buffer_size)
             return
         capacity = min(max(n_rows, 2 * self.capacity, MINIMUM_CAPACITY), self.buffer_size)
         if psutil is not None:
@@ -151,38 +222,180 @@ class GrowingStorage(ReplayBuffer):
         )
         self.buffer_size = capacity
 
-    def add(self, *args: Any, **kwargs: Any) -> None:
-        pos = self.pos
-        if not self.full:
-            self._reserve(pos + 2)  # optimize_memory_usage writes past the current row
-        self._write(*args, **kwargs)
-        for name, array in self.extras.items():
-            array[pos] = self.pending[name]
+    # ------------------------------------------------------------------ storage on a device
 
-    def _write(self, *args: Any, **kwargs: Any) -> None:
-        super().add(*args, **kwargs)
+    def store_on(self, storage_device: th.device | str | None) -> None:
+        """
+        Move the storage, with what it holds.
+
+        :param storage_device: where to, as in the constructor; a CUDA device that is not there stands for None, with a
+            warning, as SB3 takes the CPU for a ``device`` that is not there
+        :raises ValueError: for a device that cannot be used
+        :raises MemoryError: if it has too little free memory; the storage stays where it was
+        """
+        device = self._find_device(storage_device)
+        if device == self.storage_device:
+            return
+        if device is not None:
+            if self.optimize_memory_usage:
+                raise ValueError(
+                    f"storage_device={str(storage_device)!r} keeps observations and next observations apart: "
+                    "pass optimize_memory_usage=False, or storage_device=None"
+                )
+            self._check_memory(device)
+        self.__dict__.update(self._host_fields())
+        self.storage_device, self._block, self._incoming, self._views = None, None, None, {}
+        if device is not None:
+            self._allocate(device, 1 if self.size() == 0 else self.buffer_size)
+
+    def _find_device(self, storage_device: th.device | str | None) -> th.device | None:
+        if storage_device is None or (storage_device == "auto" and self.device.type != "cuda"):
+            return None
+        try:
+            device = self.device if storage_device == "auto" else th.device(storage_device)
+            if device.type not in ("cpu", "cuda"):
+                raise ValueError(f"transitions cannot be stored on {device}")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"storage_device must be None, 'auto', 'cpu' or a CUDA device, not {storage_device!r}: {error}"
+            ) from error
+        if device.type == "cuda" and (device.index or 0) >= th.cuda.device_count():
+            warnings.warn(f"storage_device={str(storage_device)!r} is not there: transitions are stored in the host's memory")
+            return None
+        return th.empty(0, device=device).device  # with its number
+
+    def _check_memory(self, device: th.device) -> None:
+        free = free_bytes(device)
+        row_bytes = self.n_envs * sum(field_bytes(array) for _, _, array in self._arrays())
+        if free is not None and self.buffer_size * row_bytes > free:
+            raise MemoryError(
+                f"buffer_size={self.buffer_size * self.n_envs} transitions take {self.buffer_size * row_bytes} bytes, and "
+                f"storage_device={str(device)!r} has {free} free, enough for buffer_size={free // row_bytes * self.n_envs}: "
+                "pass a smaller buffer_size that leaves room for the networks, or storage_device=None"
+            )
+
+    def _allocate(self, device: th.device, n_rows: int) -> None:
+        """Storage on a device in one piece, with what the arrays of the host hold."""
+        fields = self._fields()
+        shape = (self.n_envs, sum(field_bytes(array) for _, _, array in self._arrays()))
+        block = th.zeros((n_rows, *shape), dtype=th.uint8, device=device)
+        if self.size() > 0:
+            # By way of the host, where copies of single fields do not take the device's memory
+            rows = th.zeros((self.size(), *shape), dtype=th.uint8)
+            tree_map(lambda view, array: view.copy_(th.from_numpy(array[: len(view)])), carve(rows, fields), fields)
+            block[: len(rows)] = rows
+        row = th.zeros((1, *shape), dtype=th.uint8)
+        self._incoming = row[0], tree_map(th.Tensor.numpy, carve(row, fields))
+        self._block, self.storage_device = block, device
+        self.__dict__.update(carve(block, fields))
+
+    def _host_fields(self) -> dict[str, Any]:
+        """The :meth:`_fields` as NumPy arrays: of what was on a device, the rows in use."""
+        if self._block is None:
+            return self._fields()
+        return tree_map(th.Tensor.numpy, carve(self._block[: max(self.size(), 1)].cpu(), self._fields()))
+
+    def _fetchable(self, tensor: th.Tensor) -> th.Tensor:
+        """A tensor of the host where the storage's device can fetch it without being waited for."""
+        # The allocator of pinned memory does not give it away again before the copy is done
+        return tensor.pin_memory() if self.storage_device.type == "cuda" else tensor  # type: ignore[union-attr]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **self._host_fields(), "_block": None, "_incoming": None, "_views": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, storage_device=None, _views={})
+        try:
+            self.store_on(state.get("storage_device"))
+        except MemoryError as error:
+            warnings.warn(f"The replay buffer is loaded into the host's memory. {error}")
+
+    # ------------------------------------------------------------------ storing
+
+    def add(  # type: ignore[override]
+        self,
+        obs: Any,
+        next_obs: Any,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        pos = self.pos
+        if not self.full and pos + 2 > len(self.rewards):
+            self._reserve(pos + 2)  # optimize_memory_usage writes past the current row
+        # To the arrays, or by way of a row that the device fetches
+        fields, row = (self.__dict__, pos) if self._incoming is None else (self._incoming[1], 0)
+        _write(fields["observations"], row, obs)
+        if self.optimize_memory_usage:
+            _write(fields["observations"], (row + 1) % self.buffer_size, next_obs)
+        else:
+            _write(fields["next_observations"], row, next_obs)
+        _write(fields["actions"], row, action)
+        fields["rewards"][row] = reward
+        fields["dones"][row] = done
+        if self.handle_timeout_termination:
+            fields["timeouts"][row] = [info.get("TimeLimit.truncated", False) for info in infos]
+        for name, array in fields["extras"].items():
+            array[row] = self.pending[name]
+        if self._incoming is not None:
+            self._block[pos].copy_(self._fetchable(self._incoming[0]), non_blocking=True)  # type: ignore[index]
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full = True
+            self.pos = 0
+
+    def end_segments(self) -> None:
+        """No segment leads from the newest transition to the next one, which belongs to another episode."""
+        if self.n_steps == 1 or self.size() == 0:
+            return
+        newest = (self.pos - 1) % self.buffer_size
+        if self.handle_timeout_termination:
+            self.timeouts[newest] = 1 - self.dones[newest] * (1 - self.timeouts[newest])
+        else:
+            self.dones[newest] = 1  # as SB3 does, where nothing tells a time limit from an end
+
+    # ------------------------------------------------------------------ sampling
+
+    def check_normalisation(self, env: VecNormalize | None) -> None:
+        """
+        Raise if minibatches cannot be normalised.
+
+        :param env: the environment that normalises, if any
+        :raises ValueError: if transitions are on a device
+        """
+        if env is not None and self.storage_device is not None:
+            raise ValueError(
+                f"VecNormalize normalises minibatches on the host, and storage_device={str(self.storage_device)!r} keeps them "
+                "on a device: pass storage_device=None, or an environment without VecNormalize"
+            )
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> Samples:  # type: ignore[override]
         """The samples at rows of the buffer, each of a random environment, gathered by tensors: no copy but the gathering."""
-        # Drawn as SB3 draws them; from one environment no random number is taken
-        envs = np.random.randint(0, self.n_envs, size=len(batch_inds))
+        self.check_normalisation(env)
+        # Where rows and environments are one dimension. Drawn as SB3 draws them, which from one environment takes no number
+        index = batch_inds
+        if self.n_envs > 1:
+            index = batch_inds * self.n_envs + np.random.randint(0, self.n_envs, size=len(batch_inds))
+        first = last = th.from_numpy(index)
+        if self.storage_device is not None:
+            first = last = self._fetchable(first).to(self.storage_device, non_blocking=True)
         if self.n_steps == 1:
-            first = last = self._flat(batch_inds, envs)
             rewards, discounts, steps = self._gather_rewards(first, env).unsqueeze(1), None, None
         else:
-            rows, valid = self._segments(batch_inds, envs)
-            segments = self._flat(rows, envs[:, None])
-            first, last = segments[:, 0], segments[np.arange(len(rows)), valid.sum(axis=1) - 1]
-            powers = self.gamma ** np.arange(self.n_steps, dtype=np.float32)
+            segments, valid = self._segments(first)
+            lengths = valid.sum(dim=1, keepdim=True)
+            last = segments.gather(1, lengths - 1).squeeze(1)
+            powers = discount_powers(float(self.gamma), self.n_steps, first.device)
             all_rewards = self._gather_rewards(segments, env)
-            rewards = (all_rewards * th.from_numpy(powers * valid)).sum(dim=1, keepdim=True)
-            discounts = th.from_numpy(self.gamma ** valid.sum(axis=1, keepdims=True).astype(np.float32))
+            rewards = (all_rewards * (powers[:-1] * valid)).sum(dim=1, keepdim=True)
+            discounts = powers.take(lengths)
             steps = self._gather_steps(segments[:, 1:], env) if self.keep_steps else None
             if steps is not None:
-                steps |= {"rewards": all_rewards, "valid": th.from_numpy(valid)}
+                steps |= {"rewards": all_rewards, "valid": valid}
         dones = self._gather(self.dones, last)
         if self.handle_timeout_termination:
-            dones = dones * (1 - self._gather(self.timeouts, last))
+            dones = th.addcmul(dones, dones, self._gather(self.timeouts, last), value=-1)  # dones * (1 - timeouts)
         samples = Samples(
             observations=self._gather_observations(self.observations, first, env),
             actions=self._gather(self.actions, first),
@@ -193,69 +406,65 @@ class GrowingStorage(ReplayBuffer):
             extras=self._gather_extras(first, last),
             steps=steps,
         )
-        if self.device.type == "cpu":
+        if rewards.device == self.device:
             return samples
-        return tree_map(lambda tensor: tensor.to(self.device), samples)
+        return tree_map_only(th.Tensor, lambda tensor: tensor.to(self.device), samples)
 
-    def end_segments(self) -> None:
-        """No segment leads from the newest transition to the next one, which belongs to another episode."""
-        if self.n_steps == 1 or self.size() == 0:
-            return
-        newest = (self.pos - 1) % self.buffer_size
-        if self.handle_timeout_termination:
-            self.timeouts[newest] = np.maximum(self.timeouts[newest], 1 - self.dones[newest])
-        else:
-            self.dones[newest] = 1  # as SB3 does, where nothing tells a time limit from an end
-
-    def _flat(self, rows: np.ndarray, envs: np.ndarray) -> np.ndarray:
-        """Index of transitions where rows and environments are one dimension."""
-        return rows if self.n_envs == 1 else rows * self.n_envs + envs
-
-    def _segments(self, batch_inds: np.ndarray, envs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _segments(self, first: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        The rows of segments, and which of their steps count: those up to the end of the episode, or to the newest
+        The indices of segments, and which of their steps count: those up to the end of the episode, or to the newest
         transition; ``(batch_size, n_steps)`` both.
         """
-        rows = (batch_inds[:, None] + np.arange(self.n_steps)) % self.buffer_size
-        newest = rows == (self.pos - 1) % self.buffer_size
-        rows = np.minimum(rows, self.capacity - 1)  # what lies beyond never counts
-        ends = newest | (self.dones[rows, envs[:, None]] > 0)
+        steps = th.arange(0, self.n_steps * self.n_envs, self.n_envs, device=first.device)
+        index = (first.unsqueeze(1) + steps) % (self.buffer_size * self.n_envs)
+        newest = index // self.n_envs == (self.pos - 1) % self.buffer_size
+        index = index.clamp(max=self.capacity * self.n_envs - 1)  # what lies beyond never counts
+        ends = newest | (self._gather(self.dones, index) > 0)
         if self.handle_timeout_termination:
-            ends |= self.timeouts[rows, envs[:, None]] > 0
-        ends_before = np.cumsum(ends, axis=1) - ends
-        return rows, ends_before == 0
+            ends |= self._gather(self.timeouts, index) > 0
+        return index, ends.cumsum(dim=1) == ends  # no end before
 
-    def _gather(self, array: Any, index: np.ndarray) -> Any:
-        """The rows of an array, or of each of a dict, as tensors of the same memory sees them."""
+    def _rows(self, array: Any) -> th.Tensor:
+        """The memory of an array as a tensor with one row for each transition, ``(capacity * n_envs, ...)``."""
+        known = self._views.get(id(array))
+        if known is None:  # the first of a storage that has grown, or one that was replaced
+            arrays = [array for _, _, array in self._arrays()]
+            self._views = {id(array): (array, th.as_tensor(array).view(-1, *array.shape[2:])) for array in arrays}
+            known = self._views[id(array)]
+        return known[1]
+
+    def _gather(self, array: Any, index: th.Tensor) -> Any:
+        """The transitions of an array, or of each of a dict, at indices of any shape."""
         if isinstance(array, dict):
             return {key: self._gather(value, index) for key, value in array.items()}
-        tensor = th.from_numpy(array).view(-1, *array.shape[2:]).index_select(0, th.from_numpy(index.reshape(-1)))
-        return tensor if index.ndim == 1 else tensor.unflatten(0, index.shape)
+        if index.ndim == 1:
+            return self._rows(array).index_select(0, index)
+        return self._rows(array).index_select(0, index.reshape(-1)).unflatten(0, index.shape)
 
-    def _gather_extras(self, first: np.ndarray, last: np.ndarray) -> dict[str, th.Tensor] | None:
+    def _gather_extras(self, first: th.Tensor, last: th.Tensor) -> dict[str, th.Tensor] | None:
         # What is stored of a next state belongs, as the next observation, to the last step of a segment
         extras = {
             name: self._gather(array, last if name.startswith("next_") else first) for name, array in self.extras.items()
         }
         return extras or None
 
-    def _gather_observations(self, array: Any, index: np.ndarray, env: VecNormalize | None) -> Any:
+    def _gather_observations(self, array: Any, index: th.Tensor, env: VecNormalize | None) -> Any:
         observations = self._gather(array, index)
         if env is None:
             return observations
         return tree_map(th.from_numpy, env.normalize_obs(tree_map(th.Tensor.numpy, observations)))
 
-    def _gather_next_observations(self, index: np.ndarray, env: VecNormalize | None) -> Any:
+    def _gather_next_observations(self, index: th.Tensor, env: VecNormalize | None) -> Any:
         if not self.optimize_memory_usage:
             return self._gather_observations(self.next_observations, index, env)
-        rows, envs = np.divmod(index, self.n_envs)
-        return self._gather_observations(self.observations, self._flat((rows + 1) % self.buffer_size, envs), env)
+        following = (index + self.n_envs) % (self.buffer_size * self.n_envs)
+        return self._gather_observations(self.observations, following, env)
 
-    def _gather_rewards(self, index: np.ndarray, env: VecNormalize | None) -> th.Tensor:
+    def _gather_rewards(self, index: th.Tensor, env: VecNormalize | None) -> th.Tensor:
         rewards: th.Tensor = self._gather(self.rewards, index)
         return rewards if env is None else th.from_numpy(env.normalize_reward(rewards.numpy()).astype(np.float32))
 
-    def _gather_steps(self, index: np.ndarray, env: VecNormalize | None) -> dict[str, Any]:
+    def _gather_steps(self, index: th.Tensor, env: VecNormalize | None) -> dict[str, Any]:
         # Normalised with their steps in one dimension, as an environment's observations are
         observations = self._gather_observations(self.observations, index.reshape(-1), env)
         return {
@@ -268,35 +477,30 @@ class GrowingStorage(ReplayBuffer):
 class GrowingReplayBuffer(GrowingStorage, ReplayBuffer):
     """SB3's ``ReplayBuffer``, or its n-step buffer, allocated as it fills."""
 
-    def _write(
-        self,
-        obs: np.ndarray,
-        next_obs: np.ndarray,
-        action: np.ndarray,
-        reward: np.ndarray,
-        done: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        if self.optimize_memory_usage:
-            super()._write(obs, next_obs, action, reward, done, infos)
-            return
-        # As SB3's buffer does, less its intermediate copies: assigning copies already
-        pos = self.pos
-        self.observations[pos] = obs.reshape(self.observations.shape[1:])
-        self.next_observations[pos] = next_obs.reshape(self.observations.shape[1:])
-        self.actions[pos] = action.reshape(self.actions.shape[1:])
-        self.rewards[pos] = reward
-        self.dones[pos] = done
-        if self.handle_timeout_termination:
-            self.timeouts[pos] = [info.get("TimeLimit.truncated", False) for info in infos]
-        self.pos += 1
-        if self.pos == self.buffer_size:
-            self.full = True
-            self.pos = 0
-
 
 class GrowingDictReplayBuffer(GrowingStorage, DictReplayBuffer):  # type: ignore[misc]
     """SB3's ``DictReplayBuffer``, allocated as it fills, with n-step returns as well."""
+
+
+def _write(array: Any, row: int, value: Any) -> None:
+    """Copy a value into a row of an array, or each of a dict of them."""
+    if isinstance(array, dict):
+        for key in array:
+            _write(array[key], row, value[key])
+    else:
+        array[row] = value.reshape(array.shape[1:])
+
+
+def free_bytes(device: th.device) -> int | None:
+    """
+    Free memory of a device, or None where nothing tells it.
+
+    :param device: the CPU or a CUDA device
+    """
+    if device.type == "cuda":
+        unused = th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)  # PyTorch's own reserve
+        return th.cuda.mem_get_info(device)[0] + unused
+    return None if psutil is None else psutil.virtual_memory().available
 
 
 def split_samples(samples: ReplayBufferSamples, n_batches: int) -> list[ReplayBufferSamples]:

@@ -366,9 +366,8 @@ def test_segments_are_those_of_each_environment(algorithm):
     model = make(algorithm, env, steps=60)
     buffer = model.replay_buffer
     buffer.dones[:, 0], buffer.dones[:, 1], buffer.timeouts[:] = 1.0, 0.0, 0.0
-    rows = np.arange(20)
-    _, first = buffer._segments(rows, np.zeros(20, dtype=int))
-    _, second = buffer._segments(rows, np.ones(20, dtype=int))
+    _, first = buffer._segments(2 * th.arange(20))
+    _, second = buffer._segments(2 * th.arange(20) + 1)
     assert (first.sum(axis=1) == 1).all() and (second.sum(axis=1) == 3).all()
 
 
@@ -381,7 +380,7 @@ def test_a_new_call_of_learn_ends_the_segment(algorithm, masked):
     model = make(algorithm, env, n_steps=4, train_freq=1)
     for _ in range(2):
         model.learn(10)
-    _, valid = model.replay_buffer._segments(np.arange(10), np.ones(10, dtype=int))
+    _, valid = model.replay_buffer._segments(2 * th.arange(10) + 1)
     assert valid.sum(axis=1).tolist() == [4, 4, 3, 2, 1, 4, 4, 3, 2, 1]
     replay_data = model.replay_buffer._get_samples(np.array([3]))
     assert not replay_data.dones.any(), "the value of the last state counts"
@@ -399,7 +398,7 @@ def test_a_terminated_episode_stays_terminated_in_the_next_call(handle_timeouts)
     model.learn(10)
     model.replay_buffer.dones[4, 0] = 1.0
     model.learn(10)
-    lengths = [model.replay_buffer._segments(np.array([3]), np.array([i]))[1].sum() for i in range(2)]
+    lengths = [model.replay_buffer._segments(th.tensor([2 * 3 + i]))[1].sum() for i in range(2)]
     assert lengths == [2, 2]
     dones = {float(model.replay_buffer._get_samples(np.array([3])).dones) for _ in range(50)}
     # Without a mark for time limits, what is cut counts as terminated, as in SB3
@@ -415,7 +414,7 @@ def test_episodes_that_go_on_in_the_next_call_of_learn(algorithm):
     model = make(algorithm, env, n_steps=4, train_freq=1)
     model.learn(5)
     model.learn(5, reset_num_timesteps=False)
-    _, valid = model.replay_buffer._segments(np.arange(10), np.zeros(10, dtype=int))
+    _, valid = model.replay_buffer._segments(th.arange(10))
     assert valid.sum(axis=1).tolist() == [4] * 7 + [3, 2, 1]
 
 
