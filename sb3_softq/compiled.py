@@ -1,15 +1,17 @@
 """
-A whole call of ``train()`` as one compiled function.
+A whole call of ``train()`` as one compiled function, or on a GPU as one CUDA graph.
 
 The hooks of an algorithm are traced as they are, with the networks' parameters, the target's and the temperature as
 inputs, together with the gradient, its clipping and Adam's step. Several minibatches become a loop (``scan``) inside the
-compiled function, so that a call costs one entry into Python, however many updates it makes.
+compiled function, so that a call costs one entry into Python, however many updates it makes. A CUDA graph holds the
+operations of all of them, one after the other.
 
 The eager path gives the same numbers up to rounding, and takes over where this one cannot serve.
 """
 
 import time
 import warnings
+from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_softq.diagnostics import find_divergence
 from sb3_softq.flat import FlatUpdater, Updater, clip_coefficient
 from sb3_softq.replay import split_samples
-from sb3_softq.traced import Hooks, Tensors, trace, tree_leaves
+from sb3_softq.traced import Constants, Hooks, Tensors, trace, tree_leaves
 
 if TYPE_CHECKING:
     from sb3_softq.value_based.base import ValueBasedAlgorithm
@@ -49,6 +51,10 @@ def adam_rates(first_step: int, n_steps: int, lr: float, betas: tuple[float, flo
     return [[lr, lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5] for step in steps]
 
 
+# How often the updates of a model are compiled
+MAX_COMPILED = 8
+
+
 class CompiledUpdate:
     """
     ``n_batches`` updates on minibatches of ``batch_size``, compiled.
@@ -58,6 +64,7 @@ class CompiledUpdate:
     :param updater: flat parameters and optimiser of the model
     :param samples: samples of the shapes to come, ``n_batches * batch_size``
     :param n_batches: number of minibatches
+    :raises RuntimeError: if a CUDA graph of them does something else
     """
 
     def __init__(
@@ -68,20 +75,31 @@ class CompiledUpdate:
         self.hooks = Hooks(model, updater, samples)
         self.temperature = model.temperature_module
         self.frozen = model._targets_frozen()
+        # Whether the updates are replayed as a CUDA graph
+        self.captured = capturable(model.device)
         leaves = tree_leaves(samples)
         minibatch = [leaf[: len(leaf) // n_batches] for leaf in leaves]
         state, fixed, rates = self._state(), self._fixed(), self._rates()
-        with th.no_grad():
+        self.constants = Constants(model)
+        with th.no_grad(), self.constants.recorded():
             # Traced to plain tensor operations, gradient included, whatever Python the hooks are written in
             if self.frozen:
                 self._targets_graph = trace(self._targets, state, fixed, leaves)
                 minibatch.append(self._targets(state, fixed, minibatch)[0])
             self._step_graph = trace(self._step, state, fixed, [*minibatch, rates[0]])
-            # Of a code object of its own: torch counts compilations for each code object, and gives up after a few
-            run = FunctionType(CompiledUpdate._run.__code__.replace(), CompiledUpdate._run.__globals__)
-            self._function = th.compile(MethodType(run, self), fullgraph=True, options={"cpp_wrapper": True})
+        with th.no_grad():
+            self._function = self._run
+            if model.torch_compile:
+                # Of a code object of its own: torch counts compilations for each one, and gives up after a few
+                run = FunctionType(CompiledUpdate._run.__code__.replace(), CompiledUpdate._run.__globals__)
+                options: Any = {"cpp_wrapper": state[0].device.type == "cpu"}
+                self._function = th.compile(MethodType(run, self), fullgraph=True, options=options)
             # The first call compiles; on copies, so that it trains nothing
-            self._function([tensor.clone() for tensor in state], fixed, leaves, rates)
+            expected = [tensor.clone() for tensor in state]
+            self._function(expected, fixed, leaves, rates)
+            if self.captured:
+                self._function = CapturedFunction(self._function, state, fixed, leaves, rates)
+                self._check_capture(state, expected, fixed, leaves, rates)
         self.compile_seconds = time.perf_counter() - start
 
     # What goes in: the state, which changes from update to update; what is fixed during the call; rates of the updates
@@ -92,7 +110,7 @@ class CompiledUpdate:
         if self.temperature.learned:
             state += self.temperature.adam_state()
         # Last, whether all updates of this call so far were finite
-        return [*state, th.ones((), dtype=self.updater.flat.data.dtype)]
+        return [*state, th.ones_like(self.updater.flat.data[0])]
 
     def _fixed(self) -> Tensors:
         return [self.updater.flat_target.data, *([] if self.temperature.learned else self.temperature.inputs())]
@@ -104,7 +122,7 @@ class CompiledUpdate:
         if self.temperature.learned:
             own = adam_rates(self.temperature.n_steps + 1, self.n_batches, lr, (0.9, 0.999))
             rates = [[*network, *temperature] for network, temperature in zip(rates, own, strict=True)]
-        return th.tensor(rates, dtype=self.updater.flat.data.dtype)
+        return th.tensor(rates, dtype=self.updater.flat.data.dtype, device=self.updater.flat.data.device)
 
     # What is traced
 
@@ -142,9 +160,12 @@ class CompiledUpdate:
             targets, *metrics = self._targets_graph(state, fixed, leaves)
             columns.append(targets.unflatten(0, (self.n_batches, -1)))
         columns.append(rates)
-        if self.n_batches == 1:
-            new_state, outputs = self._step_graph(state, fixed, [column[0] for column in columns])
-            outputs = [output.unsqueeze(0) for output in outputs]
+        if self.n_batches == 1 or self.captured:
+            new_state, rows = state, []
+            for i in range(self.n_batches):
+                new_state, row = self._step_graph(new_state, fixed, [column[i] for column in columns])
+                rows.append(row)
+            outputs = [th.stack(pieces) for pieces in zip(*rows)]  # noqa: B905
         else:
             from torch._higher_order_ops.scan import scan
 
@@ -157,6 +178,19 @@ class CompiledUpdate:
         for old, new in zip(state, new_state, strict=True):
             old.copy_(new)
         return outputs, metrics
+
+    def _check_capture(self, state: Tensors, expected: Tensors, fixed: Tensors, leaves: Tensors, rates: th.Tensor) -> None:
+        """Raise unless the captured updates do what the others did; nothing is trained by that."""
+        before = [tensor.clone() for tensor in state]
+        try:
+            self._function(state, fixed, leaves, rates)
+            pairs = zip(state[:-1], expected[:-1], strict=True)
+            same = all(th.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in pairs)
+        finally:
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(old)
+        if not same:
+            raise RuntimeError("the CUDA graph of the updates gives other numbers than the updates themselves")
 
     def count_steps(self, n_steps: int) -> None:
         """
@@ -185,6 +219,65 @@ class CompiledUpdate:
         return losses, norms, q_values[-1], dict(zip(self.hooks.metric_names, metrics, strict=True))
 
 
+def capturable(device: th.device) -> bool:
+    """
+    Whether updates on a device can be captured as a graph.
+
+    :param device: the model's device
+    """
+    return device.type == "cuda"
+
+
+class CapturedFunction:
+    """
+    :meth:`CompiledUpdate._run` as a CUDA graph: its operations are launched all at once, without Python.
+
+    The graph knows addresses, not tensors. State and target network stay where they are and are changed in place; what else
+    comes in is copied to the places that the graph knows.
+
+    :param function: the function
+    :param state: what it changes
+    :param fixed: the target network's parameters, and a temperature that follows a schedule
+    :param leaves: the minibatches
+    :param rates: of the updates
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], state: Tensors, fixed: Tensors, leaves: Tensors, rates: th.Tensor
+    ) -> None:
+        self._inputs = [tensor.clone() for tensor in [state[-1], *fixed[1:], *leaves, rates]]
+        fine, *others, own_rates = self._inputs
+        own_fixed, own_leaves = [fixed[0], *others[: len(fixed) - 1]], others[len(fixed) - 1 :]
+        self._outputs: tuple[Tensors, Tensors] = ([], [])
+
+        def run(state: Tensors) -> None:
+            self._outputs = function([*state[:-1], fine], own_fixed, own_leaves, own_rates)
+
+        self.graph = self._capture(run, state)
+
+    @staticmethod
+    def _capture(run: Callable[[Tensors], None], state: Tensors) -> Any:
+        """Record the function, which must have run before on the stream that records it."""
+        stream = th.cuda.Stream()
+        stream.wait_stream(th.cuda.current_stream())
+        with th.cuda.stream(stream):
+            for _ in range(3):
+                run([tensor.clone() for tensor in state])
+        th.cuda.current_stream().wait_stream(stream)
+        graph = th.cuda.CUDAGraph()
+        with th.cuda.graph(graph):  # runs nothing
+            run(state)
+        return graph
+
+    def __call__(self, state: Tensors, fixed: Tensors, leaves: Tensors, rates: th.Tensor) -> tuple[Tensors, Tensors]:
+        for own, given in zip(self._inputs, [state[-1], *fixed[1:], *leaves, rates], strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        outputs, metrics = self._outputs
+        # The next call overwrites them
+        return [tensor.clone() for tensor in outputs], [tensor.clone() for tensor in metrics]
+
+
 class CompiledTraining:
     """
     The compiled updates of a model: made when they are first needed, for one length of a call and for single updates.
@@ -198,6 +291,7 @@ class CompiledTraining:
         self._updater: Updater | None = None
         self._updates: dict[tuple[int, int], CompiledUpdate] = {}
         self._length = 0
+        self._n_compiled = 0
 
     def train(self, updater: Updater, gradient_steps: int, batch_size: int) -> int:
         """
@@ -219,7 +313,9 @@ class CompiledTraining:
         while gradient_steps > 0:
             # Calls of one length; what is left over is done one by one, so that no other length is compiled
             n_batches = self._length if gradient_steps >= self._length else 1
-            update = self._updates.get((n_batches, batch_size)) or self._compile(n_batches, batch_size)
+            update = self._updates.get((n_batches, batch_size))
+            if update is None or not update.constants.current():
+                update = self._compile(n_batches, batch_size)
             if update is None:
                 return gradient_steps
             samples = model._sample(n_batches * batch_size)
@@ -232,18 +328,26 @@ class CompiledTraining:
         return 0
 
     def _possible(self, updater: Updater) -> bool:
-        if not isinstance(updater, FlatUpdater) or not updater.flat_optimizer.fused:
-            self._give_up("the optimiser is no Adam without weight decay on the CPU, or parts of the network are frozen")
+        if not isinstance(updater, FlatUpdater) or not updater.flat_optimizer.shares_moments:
+            self._give_up("the optimiser is no Adam without weight decay, or parts of the network are frozen")
         elif self.model.policy.has_modes:
             self._give_up("the network has modules that depend on the training mode, or that we do not know")
         return not self.given_up
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, error: bool = False) -> None:
+        """Leave updates to the other path, which is worth a warning if the user asked for this one or something failed."""
         self.given_up = True
-        warnings.warn(f"torch_compile=True, but updates are not compiled: {reason}. They run without the compiler, slower")
+        if self.model.torch_compile:
+            warnings.warn(f"torch_compile=True, but updates are not compiled: {reason}. They run without the compiler, slower")
+        elif error:
+            warnings.warn(f"Updates are not captured as a CUDA graph: {reason}. They run without it, slower")
 
     def _compile(self, n_batches: int, batch_size: int) -> CompiledUpdate | None:
         model, updater = self.model, self._updater
+        self._n_compiled += 1
+        if self._n_compiled > MAX_COMPILED:
+            self._give_up("settings of the model, which are constants of what is compiled, change too often")
+            return None
         assert model.replay_buffer is not None and isinstance(updater, FlatUpdater)
         # A sample to compile with must not change which ones are drawn to train with
         random_state = np.random.get_state()
@@ -253,11 +357,11 @@ class CompiledTraining:
         try:
             update = CompiledUpdate(model, updater, samples, n_batches)
         except Exception as error:  # whatever a compiler raises: there is a path without it
-            self._give_up(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            self._give_up(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", error=True)
             return None
         self._updates[n_batches, batch_size] = update
         model.logger.record("time/compile_seconds", update.compile_seconds)
-        if model.verbose >= 1:
+        if model.verbose >= 1 and model.torch_compile:
             print(f"Compiled {n_batches} update(s) of batch size {batch_size} in {update.compile_seconds:.1f} s")
         return update
 

@@ -80,8 +80,9 @@ class FlatOptimizer:
     """
     Steps of an optimiser on :class:`FlatParameters`.
 
-    For Adam on the CPU (or AdamW without weight decay) a step is one fused operation on the flat tensors, whose moments the
-    optimiser's state holds as views. Every other optimiser takes its own step, which sees the parameters in their shapes.
+    The moments of Adam (or of AdamW without weight decay) are flat tensors too, of which the optimiser's state holds views,
+    and on the CPU a step is one fused operation. Every other optimiser takes its own step, which sees the parameters in their
+    shapes.
 
     :param optimizer: optimiser of all the flat parameters
     :param flat: the parameters
@@ -90,17 +91,19 @@ class FlatOptimizer:
     def __init__(self, optimizer: th.optim.Optimizer, flat: FlatParameters) -> None:
         self.optimizer = optimizer
         self.flat = flat
+        # Whether the moments are flat tensors, of which the optimiser holds views
+        self.shares_moments = self._can_share_moments()
         # Whether a step is one fused operation on the flat tensors
-        self.fused = self._can_fuse()
-        if self.fused:
+        self.fused = self.shares_moments and flat.data.device.type == "cpu"
+        if self.shares_moments:
             self._share_moments()
 
-    def _can_fuse(self) -> bool:
+    def _can_share_moments(self) -> bool:
         groups = self.optimizer.param_groups
         served = type(self.optimizer) in (th.optim.Adam, th.optim.AdamW) and hasattr(th, "_fused_adam_")
-        if not served or self.flat.data.device.type != "cpu" or len(groups) != 1:
+        if not served or self.flat.data.device.type not in ("cpu", "cuda") or len(groups) != 1:
             return False
-        unusual = any(groups[0].get(option) for option in ("amsgrad", "maximize", "differentiable", "capturable"))
+        unusual = any(groups[0].get(option) for option in ("amsgrad", "maximize", "differentiable", "capturable", "fused"))
         hooks = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
         same = [id(own) for own in groups[0]["params"]] == [id(own) for own in self.flat.parameters]
         steps = {float(state["step"]) for state in self._states() if "step" in state}
@@ -144,8 +147,8 @@ class FlatOptimizer:
 
     def intact(self) -> bool:
         """Whether the optimiser's state is still what this object made (loading a state replaces it)."""
-        if not self.fused:
-            return not self._can_fuse()
+        if not self.shares_moments:
+            return not self._can_share_moments()
         state = self.optimizer.state
         shared = zip(self.flat.parameters, self._shared, strict=True)
         return all([parameter in state and state[parameter] is own for parameter, own in shared])

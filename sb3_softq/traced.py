@@ -205,21 +205,43 @@ class Update(NamedTuple):
     metrics: dict[str, th.Tensor]
 
 
-@contextmanager
-def _recorded_attributes(model: Any) -> Iterator[set[str]]:
-    """The names of the attributes that are read of an object within the context."""
-    cls: Any = type(model)
-    names: set[str] = set()
+class Constants:
+    """
+    The attributes of a model that are read while it is traced, which become constants of what is traced.
 
-    def read(self: Any, name: str) -> Any:
-        names.add(name)
-        return super(cls, self).__getattribute__(name)
+    :param model: the model
+    """
 
-    model.__class__ = type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
-    try:
-        yield names
-    finally:
-        model.__class__ = cls
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.values: dict[str, Any] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Context in which the model's attributes are recorded as they are read."""
+        cls: Any = type(self.model)
+        names: set[str] = set()
+
+        def read(model: Any, name: str) -> Any:
+            names.add(name)
+            return super(cls, model).__getattribute__(name)
+
+        self.model.__class__ = type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
+        try:
+            yield
+        finally:
+            self.model.__class__ = cls
+        values = vars(self.model)
+        self.values |= {name: values[name] for name in names & values.keys()}
+
+    def current(self) -> bool:
+        """Whether they are still what the model has."""
+        values = vars(self.model)
+        for name, constant in self.values.items():
+            value = values.get(name)
+            if value is not constant and not (type(value) in PLAIN_TYPES and value == constant):
+                return False
+        return True
 
 
 class Graph:
@@ -232,12 +254,9 @@ class Graph:
     """
 
     def __init__(self, function: Callable[..., Tensors], hooks: Hooks, inputs: list[Any]) -> None:
-        self.hooks = hooks
-        with _recorded_attributes(hooks.model) as names:
+        self.constants = Constants(hooks.model)
+        with self.constants.recorded():
             graph = trace(function, *inputs)
-        values = vars(hooks.model)
-        # What became a constant
-        self.constants = {name: values[name] for name in names & values.keys()}
 
         def flat(*leaves: th.Tensor) -> tuple[th.Tensor, ...]:
             return tuple(graph(*tree_like(inputs, iter(leaves))))
@@ -247,15 +266,6 @@ class Graph:
             self.script = th.jit.trace(flat, tuple(tree_leaves(inputs)), check_trace=False)  # type: ignore[no-untyped-call]
         # Whether it has given the plain hook's numbers for another minibatch
         self.verified = False
-
-    def current(self) -> bool:
-        """Whether the constants are still the model's."""
-        values = vars(self.hooks.model)
-        for name, constant in self.constants.items():
-            value = values.get(name)
-            if value is not constant and not (type(value) in PLAIN_TYPES and value == constant):
-                return False
-        return True
 
     def __call__(self, leaves: Tensors) -> Tensors:
         with th.no_grad():
@@ -383,7 +393,7 @@ class TracedTraining:
         graph = self._graphs[key]
         if graph is None:
             return plain()
-        if not graph.current():
+        if not graph.constants.current():
             self._n_changes += 1
             self._graphs[key] = None
             if self._n_changes < MAX_CHANGES:
