@@ -59,10 +59,12 @@ def main() -> None:
         raise SystemExit("the updates were not compiled")
     print("ready", flush=True)
     for _ in sys.stdin:
-        start, done = time.perf_counter(), model._n_updates
+        clocks = {"cpu": time.process_time, "wall": time.perf_counter}
+        start, done = {name: clock() for name, clock in clocks.items()}, model._n_updates
         block()
         # Reading the loss for the log has waited for all of the updates
-        print(json.dumps({"seconds": time.perf_counter() - start, "updates": model._n_updates - done}), flush=True)
+        seconds = {name: clock() - start[name] for name, clock in clocks.items()}
+        print(json.dumps({**seconds, "updates": model._n_updates - done}), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ with those of SB3's DQN, and MunchausenSAC at alpha 0 with those of SB3's SAC, o
 ratio. Times are of the process's CPUs or the wall clock, as ``--clock`` says; the results are ratios of neighbouring blocks,
 their median and quartiles. The blocks alternate in one process, those of sbx in two.
 
-sbx is timed by the wall clock. With one thread both processes are pinned to one core (``--core``), and XLA is told not to use
+Beside sbx, with one thread, both processes are pinned to one core (``--core``), and XLA is told not to use
 threads inside of an operation; with more, neither is, and XLA takes what it finds. Its updates are one compiled loop
 (``lax.scan``) for each call of ``train()``, as ours are with ``torch_compile=True``.
 """
@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -346,31 +347,29 @@ def measure_loss(setting: Setting) -> Iterator[Measured]:
         yield Measured(f"quantile Huber, N = {n}", "sb3-contrib", ratios(contrib, {"ours": ours}, setting.timer))
 
 
-def worker(python: str, setting: Setting, options: dict[str, Any]) -> Callable[[], float]:
-    """Start a side of the comparison with sbx; the function lets it work, and returns the seconds of an update."""
+@contextmanager
+def worker(python: str, setting: Setting, options: dict[str, Any]) -> Iterator[Callable[[], float]]:
+    """A process that is one side of the comparison with sbx; the function lets it work, and returns the time of an update."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "JAX_PLATFORMS": "cpu"}
-    if one_core := setting.threads == 1:
+    core = None
+    if setting.threads == 1:
+        core = setting.core
         environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    command = [python, str(Path(__file__).with_name("beside_sbx.py"))]
-    process = subprocess.Popen(
-        [*command, json.dumps({**options, "core": setting.core if one_core else None})],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    if process.stdout.readline().strip() != "ready":
-        raise SystemExit(f"{options}: the process did not start")
-
-    def block() -> float:
+    command = [python, str(Path(__file__).with_name("beside_sbx.py")), json.dumps({**options, "core": core})]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:  # waits for its end
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        answer = json.loads(process.stdout.readline())
-        return answer["seconds"] / answer["updates"]
+        requests, answers = process.stdin, process.stdout
+        if answers.readline().strip() != "ready":
+            raise SystemExit(f"{options}: the process did not start")
 
-    return block
+        def block() -> float:
+            requests.write("go\n")
+            requests.flush()
+            answer = json.loads(answers.readline())
+            return answer[setting.clock] / answer["updates"]
+
+        yield block
 
 
 def measure_sbx(case_name: str, setting: Setting) -> Iterator[Measured]:
@@ -392,12 +391,16 @@ def measure_sbx(case_name: str, setting: Setting) -> Iterator[Measured]:
             "batch_size": case["batch_size"],
             "net_arch": case["net_arch"],
         }
-        theirs = worker(setting.sbx, setting, {**options, "side": "sbx"})
-        ours = {
-            ours_name: worker(sys.executable, setting, {**options, "side": "ours", "torch_compile": compiled})
-            for ours_name, compiled in (("mdqn", False), ("mdqn compiled", True))
-        }
-        yield Measured(name, "sbx DQN", alternate(theirs, ours))
+        with ExitStack() as stack:
+            theirs = stack.enter_context(worker(setting.sbx, setting, {**options, "side": "sbx"}))
+            ours = {
+                ours_name: stack.enter_context(
+                    worker(sys.executable, setting, {**options, "side": "ours", "torch_compile": compiled})
+                )
+                for ours_name, compiled in (("mdqn", False), ("mdqn compiled", True))
+            }
+            measured = alternate(theirs, ours)
+        yield Measured(name, "sbx DQN", measured)
 
 
 # Which cases a part is for; the first four make sure that what they time is equal
@@ -430,7 +433,7 @@ def record(case: str, measured: Measured, setting: Setting) -> None:
                 "threads": setting.threads,
                 "torch": th.__version__,
                 "processor": platform.processor() or platform.machine(),
-                "clock": "wall" if measured.reference == "sbx DQN" else setting.clock,
+                "clock": setting.clock,
                 "ours": name,
                 "ratios": [round(value, 3) for value in values],
                 **facts,
