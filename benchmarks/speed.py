@@ -473,7 +473,8 @@ def report() -> None:
     table = ["| case | what | ratio | threads | median | quartiles | by work |", "|---|---|---|---|---|---|---|"]
     # Reference -> label, median, ratio by work; on one thread
     bars: dict[str, list[tuple[str, float, float | None]]] = {"SB3 DQN": [], "SB3 SAC": [], "sbx DQN": []}
-    for row in sorted(read_rows(), key=lambda row: (row["case"], row["what"], row["threads"], row["ours"])):
+    order = [*CASES, "loss"]
+    for row in sorted(read_rows(), key=lambda row: (order.index(row["case"]), row["what"], row["threads"], row["ours"])):
         low, middle, high = statistics.quantiles(row["ratios"], n=4)
         name, expected = f"{row['ours']} / {row['reference']}", row.get("expected")
         cells = [row["case"], row["what"], name, row["threads"], f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
