@@ -39,7 +39,6 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "mdqn": {},
     "mdqn compiled": {"torch_compile": True},
 }
-REPEATS = 3
 
 
 def peak() -> float:
@@ -75,12 +74,12 @@ def read_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def run(quick: bool) -> None:
+def run(algos: list[str], repeats: int, quick: bool) -> None:
     for case_name in CASES:
-        for name in ALGORITHMS:
+        for name in algos:
             command = [sys.executable, __file__, "one", case_name, name, *(["--quick"] if quick else [])]
             found = []
-            for _ in range(1 if quick else REPEATS):
+            for _ in range(repeats):
                 output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                 found.append(json.loads(output.splitlines()[-1]))
             row = {"case": case_name, "algo": name, **{key: [one[key] for one in found] for key in found[0]}}
@@ -115,6 +114,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report")
     run_parser = commands.add_parser("run")
+    run_parser.add_argument("--algos", nargs="*", default=list(ALGORITHMS), choices=list(ALGORITHMS))
+    run_parser.add_argument("--repeats", type=int, default=3)
     one_parser = commands.add_parser("one", help="a training, in this process")
     one_parser.add_argument("case", choices=list(CASES))
     one_parser.add_argument("algo", choices=list(ALGORITHMS))
@@ -124,7 +125,7 @@ def main() -> None:
     if arguments.command == "report":
         report()
     elif arguments.command == "run":
-        run(arguments.quick)
+        run(arguments.algos, arguments.repeats, arguments.quick)
     else:
         print(json.dumps(train(arguments.case, arguments.algo, arguments.quick)))
 
