@@ -203,11 +203,13 @@ class GrowingStorage(ReplayBuffer):
         try:
             if capacity < n_rows:
                 raise MemoryError
-            # Fresh pages of np.zeros take no memory until they are written, so growing never holds the data twice
-            for owner, name, array in self._arrays():
-                grown = np.zeros((capacity, *array.shape[1:]), dtype=array.dtype)
-                grown[: len(array)] = array
-                owner[name] = grown
+            # Fresh pages of np.zeros take no memory until they are written, and an array is gone before the next one grows
+            arrays = self._arrays()
+            while arrays:
+                owner, name, array = arrays.pop()
+                owner[name] = np.zeros((capacity, *array.shape[1:]), dtype=array.dtype)
+                owner[name][: len(array)] = array
+                del array
         except MemoryError:
             self._stop_growing()
 
