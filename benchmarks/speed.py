@@ -180,6 +180,8 @@ def trained(cls: type, case: dict[str, Any], flat: bool = True, **kwargs: Any) -
     """Parameters after a few updates; few, because rounding grows from update to update."""
     model = build(cls, case, **kwargs)
     model.flat_parameters = flat
+    if hasattr(model, "_traced"):
+        model._traced.calls_before_tracing = 0
     np.random.seed(1)
     th.manual_seed(1)
     model.train(gradient_steps=8, batch_size=case["batch_size"])

@@ -9,6 +9,7 @@ operations of all of them, one after the other.
 The eager path gives the same numbers up to rounding, and takes over where this one cannot serve.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -79,6 +80,8 @@ class CompiledUpdate:
         self.captured = capturable(model.device)
         leaves = tree_leaves(samples)
         minibatch = [leaf[: len(leaf) // n_batches] for leaf in leaves]
+        # Whether all updates of a call so far were finite
+        self.fine = th.ones((), dtype=updater.flat.data.dtype, device=updater.flat.data.device)
         state, fixed, rates = self._state(), self._fixed(), self._rates()
         self.constants = Constants(model)
         with th.no_grad(), self.constants.recorded():
@@ -109,8 +112,7 @@ class CompiledUpdate:
         state = [self.updater.flat.data, optimizer.exp_avg, optimizer.exp_avg_sq]
         if self.temperature.learned:
             state += self.temperature.adam_state()
-        # Last, whether all updates of this call so far were finite
-        return [*state, th.ones_like(self.updater.flat.data[0])]
+        return [*state, self.fine.fill_(1.0)]
 
     def _fixed(self) -> Tensors:
         return [self.updater.flat_target.data, *([] if self.temperature.learned else self.temperature.inputs())]
@@ -122,7 +124,7 @@ class CompiledUpdate:
         if self.temperature.learned:
             own = adam_rates(self.temperature.n_steps + 1, self.n_batches, lr, (0.9, 0.999))
             rates = [[*network, *temperature] for network, temperature in zip(rates, own, strict=True)]
-        return th.tensor(rates, dtype=self.updater.flat.data.dtype, device=self.updater.flat.data.device)
+        return th.from_numpy(np.array(rates)).to(self.updater.flat.data)
 
     # What is traced
 
@@ -367,10 +369,9 @@ class CompiledTraining:
 
     def _check(self, update: CompiledUpdate, results: th.Tensor, samples: ReplayBufferSamples) -> None:
         """Raise if an update was not finite: it changed nothing, and neither did those after it."""
-        finite = th.isfinite(results)
-        if finite.all():
+        if math.isfinite(results.sum().item()):
             return
-        model, first = self.model, int((~finite).nonzero()[0])
+        model, first = self.model, int((~th.isfinite(results)).nonzero()[0])
         update.count_steps(first)
         replay_data = split_samples(samples, len(results))[first]
         with th.no_grad():
