@@ -4,7 +4,7 @@ The multi-goal environment of Haarnoja et al. 2017 (arXiv:1702.08165): four equa
 Trains soft Q-learning and SB3's SAC at the same temperature, and draws what both make of it: the values of actions in three
 states with sampled actions, and paths from the middle.
 
-    python benchmarks/multigoal.py                    # writes docs/_static/multigoal.png
+    python benchmarks/multigoal.py                    # three minutes; writes docs/_static/multigoal.png
     python benchmarks/multigoal.py --steps 5000 --output /tmp/multigoal.png
 """
 
@@ -30,7 +30,7 @@ class MultiGoalEnv(gym.Env):
     """
     A point in the plane whose actions are its steps. Far from a goal costs, and so do long steps; an episode ends at a goal.
 
-    Distances, noise and the ratios of the rewards' parts are those of the paper's code, the rewards a tenth of its.
+    Distances and rewards are those of the paper's code, the latter divided by 10; the noise of the steps is added.
 
     :param horizon: steps until an episode is cut
     """
@@ -123,7 +123,7 @@ def main() -> None:
         seed=arguments.seed,
         device="cpu",
     )
-    models = {
+    models: dict[str, Any] = {
         "soft Q-learning": SoftQLearning("MlpPolicy", MultiGoalEnv(), temperature=arguments.temperature, **shared),
         "SAC": SAC("MlpPolicy", MultiGoalEnv(), ent_coef=arguments.temperature, **shared),
     }
