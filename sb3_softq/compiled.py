@@ -115,7 +115,10 @@ class CompiledUpdate:
         return [*state, self.fine.fill_(1.0)]
 
     def _fixed(self) -> Tensors:
-        return [self.updater.flat_target.data, *([] if self.temperature.learned else self.temperature.inputs())]
+        target = self.updater.flat_target.data
+        # On the device: a CUDA graph reads numbers of the host once, when it is captured
+        temperature = [] if self.temperature.learned else self.temperature.inputs()
+        return [target, *(tensor.to(target.device) for tensor in temperature)]
 
     def _rates(self) -> th.Tensor:
         optimizer = self.updater.flat_optimizer
