@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rows import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -168,12 +169,6 @@ def run_one(algo: str, env_id: str, seed: int, n_timesteps: int) -> dict[str, An
     return row
 
 
-def read_rows() -> list[dict[str, Any]]:
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines() if line.strip()]
-
-
 def settings_of(algo: str, env_id: str) -> dict[str, str]:
     """What the YAML files say now: a row with other settings is out of date."""
     with tempfile.TemporaryDirectory() as log_folder:
@@ -189,8 +184,10 @@ def run_suite(name: str, jobs: int, algos: list[str], envs: list[str], seeds: in
         for algo in algos or suite["algos"]:
             settings = settings_of(algo, env_id)
             # Rows of older settings make room for the new ones
-            rows = [row for row in read_rows() if (row["algo"], row["env"]) != (algo, env_id) or row["settings"] == settings]
-            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows = [
+                row for row in read_rows(RESULTS) if (row["algo"], row["env"]) != (algo, env_id) or row["settings"] == settings
+            ]
+            write_rows(RESULTS, rows)
             done = {row["seed"] for row in rows if (row["algo"], row["env"]) == (algo, env_id)}
             missing = set(range(seeds or suite["seeds"])) - done
             tasks += [(algo, env_id, seed, suite["envs"][env_id]) for seed in missing]
@@ -233,7 +230,7 @@ def report(name: str) -> None:
     from matplotlib import pyplot as plt
 
     suite = SUITES[name]
-    rows = read_rows()
+    rows = read_rows(RESULTS)
     figure, all_axes = plt.subplots(1, len(suite["envs"]), figsize=(4.2 * len(suite["envs"]), 3.4), squeeze=False)
     colors = plt.get_cmap("tab20")(np.linspace(0, 1, 20)).tolist()
     colors = [*colors[::2], *colors[1::2]]

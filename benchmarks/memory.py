@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rows import read_rows, update_rows
+
 # This module imports no library by itself: the memory of a process that starts another one counts as that one's
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 TABLE = Path(__file__).parent.parent / "docs" / "_shared" / "memory.md"
@@ -70,10 +72,6 @@ def train(case_name: str, name: str, quick: bool) -> dict[str, float]:
     return {"peak_mib": round(peak(), 1), "imports_mib": round(before, 1)}
 
 
-def read_rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def run(algos: list[str], repeats: int, quick: bool) -> None:
     for case_name in CASES:
         for name in algos:
@@ -85,8 +83,7 @@ def run(algos: list[str], repeats: int, quick: bool) -> None:
             row = {"case": case_name, "algo": name, **{key: [one[key] for one in found] for key in found[0]}}
             print(row, flush=True)
             if not quick:
-                new = {(old["case"], old["algo"]): old for old in [*read_rows(), row]}
-                RESULTS.write_text("".join(json.dumps(one) + "\n" for one in new.values()))
+                update_rows(RESULTS, [row], ("case", "algo"))
 
 
 def report() -> None:
@@ -97,7 +94,7 @@ def report() -> None:
     ]
     rows = {
         (row["case"], row["algo"]): (statistics.median(row["peak_mib"]), statistics.median(row["imports_mib"]))
-        for row in read_rows()
+        for row in read_rows(RESULTS)
     }
     for (case_name, name), (most, imports) in rows.items():
         reference, reference_imports = rows[case_name, "SB3 DQN"]

@@ -17,6 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from rows import read_rows
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -61,13 +62,9 @@ def run_one(name: str, scale: float, seed: int) -> dict[str, Any]:
     return {"algo": name, "scale": scale, "seed": seed, "curve": curve.points}
 
 
-def read_rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def run(algos: list[str], seeds: int) -> None:
     th.set_num_threads(1)
-    done = {(row["algo"], row["scale"], row["seed"]) for row in read_rows()}
+    done = {(row["algo"], row["scale"], row["seed"]) for row in read_rows(RESULTS)}
     for seed in range(seeds):
         for name in algos:
             for scale in SCALES:
@@ -84,7 +81,7 @@ def report() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = read_rows()
+    rows = read_rows(RESULTS)
     names = [name for name in ALGORITHMS if any(row["algo"] == name for row in rows)]
     table = ["| algorithm | rewards | seeds | return after the last step, unscaled: mean (of each) |", "|---|---|---|---|"]
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2), sharey=True, squeeze=False)

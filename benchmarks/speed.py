@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from environments import cartpole, images, pendulum, planes
+from rows import read_rows, update_rows
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -442,13 +443,7 @@ def record(case: str, measured: Measured, setting: Setting) -> None:
             }
         )
     keys = ("case", "what", "ours", "reference", "threads")
-    new = {tuple(row[key] for key in keys): row for row in [*read_rows(), *rows]}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in new.values()))
-
-
-def read_rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    update_rows(RESULTS, rows, keys)
 
 
 def run(cases: list[str], parts: list[str], setting: Setting) -> None:
@@ -476,7 +471,9 @@ def report() -> None:
     # Reference -> label, median, ratio by work; on one thread
     bars: dict[str, list[tuple[str, float, float | None]]] = {"SB3 DQN": [], "SB3 SAC": [], "sbx DQN": []}
     order = [*CASES, "loss"]
-    for row in sorted(read_rows(), key=lambda row: (order.index(row["case"]), row["what"], row["threads"], row["ours"])):
+    for row in sorted(
+        read_rows(RESULTS), key=lambda row: (order.index(row["case"]), row["what"], row["threads"], row["ours"])
+    ):
         low, middle, high = statistics.quantiles(row["ratios"], n=4)
         name, expected = f"{row['ours']} / {row['reference']}", row.get("expected")
         cells = [row["case"], row["what"], name, row["threads"], f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]

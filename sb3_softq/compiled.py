@@ -73,7 +73,7 @@ class CompiledUpdate:
     ) -> None:
         start = time.perf_counter()
         self.model, self.updater, self.n_batches = model, updater, n_batches
-        self.hooks = Hooks(model, updater, samples)
+        self.hooks = Hooks(model, samples)
         self.temperature = model.temperature_module
         self.frozen = model._targets_frozen()
         # Whether the updates are replayed as a CUDA graph
@@ -305,11 +305,13 @@ class CompiledTraining:
         :param updater: what applies the model's gradients
         :param gradient_steps: number of updates
         :param batch_size: size of a minibatch
-        :return: number of updates that are left to do: where they cannot be compiled, a warning has said why, once
+        :return: number of updates that are left to do: all where nothing is to be compiled, and where it cannot be, of which a
+            warning has said why, once
         :raises DivergenceError: if an update is not finite; the weights are those before it
         """
         model = self.model
-        if self.given_up or not self._possible(updater):
+        wanted = model.torch_compile or capturable(model.device)
+        if not wanted or self.given_up or not self._possible(updater):
             return gradient_steps
         if self._updater is not updater:  # something was replaced: what was compiled refers to the old
             self._updater, self._updates = updater, {}

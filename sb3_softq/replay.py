@@ -166,9 +166,9 @@ class GrowingStorage(ReplayBuffer):
         """Number of rows (of ``n_envs`` transitions) that the storage has."""
         return len(self.rewards)
 
-    @property
+    @functools.cached_property
     def transition_bytes(self) -> int:
-        """Memory that one transition takes."""
+        """Memory that one transition takes; the same for as long as the buffer lives."""
         return sum(array.nbytes for _, _, array in self._arrays()) // (self.capacity * self.n_envs)
 
     def _fields(self) -> dict[str, Any]:
@@ -197,9 +197,9 @@ class GrowingStorage(ReplayBuffer):
             self._allocate(self.storage_device, self.buffer_size)
             return
         capacity = min(max(n_rows, 2 * self.capacity, MINIMUM_CAPACITY), self.buffer_size)
-        if psutil is not None:
-            available_rows = 0.9 * psutil.virtual_memory().available / (self.transition_bytes * self.n_envs)
-            capacity = min(capacity, self.capacity + int(available_rows))
+        free = free_bytes(th.device("cpu"))
+        if free is not None:
+            capacity = min(capacity, self.capacity + int(0.9 * free / (self.transition_bytes * self.n_envs)))
         try:
             if capacity < n_rows:
                 raise MemoryError

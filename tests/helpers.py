@@ -1,6 +1,7 @@
 """Models, environments and comparisons that several test files use."""
 
 import inspect
+import shutil
 from copy import deepcopy
 
 import gymnasium as gym
@@ -42,6 +43,19 @@ def make_model(algorithm, env="CartPole-v1", policy="MlpPolicy", **kwargs):
     model = algorithm(policy, env, **kwargs)
     model.set_logger(configure(format_strings=[]))
     return model
+
+
+def make_learner(algorithm, env=None, **kwargs):
+    """A model with a filled replay buffer, in which every update shows, also in the target network; 3 actions by default."""
+    kwargs = dict(tau=0.3, target_update_interval=1, learning_rate=0.01) | kwargs
+    model = make_model(algorithm, env or RandomEnv(VECTOR), **kwargs)
+    fill_buffer(model, 100)
+    return model
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="needs a C++ compiler"
+)
 
 
 def has_parameter(algorithm, name):

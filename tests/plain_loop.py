@@ -2,11 +2,11 @@
 
 import torch as th
 from helpers import assert_same, is_same, snapshot
-from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.utils import set_random_seed, update_learning_rate
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from sb3_softq import operators
+from sb3_softq import DivergenceError, operators
 
 BATCH_SIZE = 16
 
@@ -56,6 +56,23 @@ def learned_numbers(model, oracle):
     state, used = numbers["policy.optimizer"]["state"], oracle.policy.optimizer.state_dict()["state"]
     numbers["policy.optimizer"]["state"] = {i: state[i] for i in used}
     return numbers
+
+
+def change_settings(model):
+    """What schedules change between two calls of train()."""
+    model.temperature_module.update(0.5)
+    model.lr_schedule = lambda progress: 0.005
+
+
+def train_until_it_breaks(model):
+    """Calls of ten updates, until one draws a broken row."""
+    for i in range(100):
+        set_random_seed(i)
+        try:
+            model.train(gradient_steps=10, batch_size=4)
+        except DivergenceError as error:
+            return str(error)
+    raise AssertionError("nothing broke")
 
 
 def assert_trains_as_the_plain_loop(model, oracle, intervene=lambda model: None, rtol=1e-9, atol=1e-11):

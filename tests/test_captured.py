@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch as th
-from helpers import SCALAR_VARIANTS, VARIANTS, VECTOR, RandomEnv, assert_same, fill_buffer, is_same, make_model, snapshot
-from plain_loop import assert_trains_as_the_plain_loop
+from helpers import SCALAR_VARIANTS, VARIANTS, assert_same, is_same, make_learner, snapshot
+from plain_loop import assert_trains_as_the_plain_loop, change_settings, train_until_it_breaks
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_softq import DivergenceError, SoftDQN, compiled
-from sb3_softq.value_based import base
+from sb3_softq import SoftDQN, compiled
 
 ROUNDING = dict(rtol=2e-4, atol=2e-6)
 
@@ -25,22 +24,14 @@ def graphs(monkeypatch):
         captured.append(graph)
         return graph
 
-    for module in (compiled, base):
-        monkeypatch.setattr(module, "capturable", lambda device: True)
+    monkeypatch.setattr(compiled, "capturable", lambda device: True)
     monkeypatch.setattr(compiled.CapturedFunction, "_capture", staticmethod(capture))
     return captured
 
 
-def make(algorithm, **kwargs):
-    kwargs = dict(tau=0.3, target_update_interval=1, learning_rate=0.01) | kwargs
-    model = make_model(algorithm, RandomEnv(VECTOR), **kwargs)
-    fill_buffer(model, 100)
-    return model
-
-
 def make_pair(algorithm, **kwargs):
     """One whose updates are captured, and one that is never asked."""
-    model, oracle = make(algorithm, **kwargs), make(algorithm, **kwargs)
+    model, oracle = make_learner(algorithm, **kwargs), make_learner(algorithm, **kwargs)
     oracle._compiled.given_up = True
     return model, oracle
 
@@ -54,10 +45,6 @@ def test_captured_training_is_the_plain_loop(algorithm, kwargs, graphs):
 
 @pytest.mark.parametrize("name", SCALAR_VARIANTS)
 def test_captured_training_follows_schedules(name, graphs):
-    def change_settings(model):
-        model.temperature_module.update(0.5)
-        model.lr_schedule = lambda progress: 0.005
-
     algorithm, kwargs = SCALAR_VARIANTS[name]
     if "temperature" in kwargs:
         pytest.skip("a fixed temperature")
@@ -83,7 +70,7 @@ def test_settings_that_change_are_captured_anew(graphs):
 
 
 def test_captured_training_goes_on_from_what_is_loaded(graphs):
-    other = make(SoftDQN, seed=1)
+    other = make_learner(SoftDQN, seed=1)
     other._compiled.given_up = True
     other.train(gradient_steps=3, batch_size=16)
     model, oracle = make_pair(SoftDQN)
@@ -96,12 +83,8 @@ def test_captured_training_stops_at_what_is_not_finite():
     messages = []
     for model in models:
         model.replay_buffer.rewards[11] = math.nan
-        with pytest.raises(DivergenceError, match="rewards of update") as error:
-            for i in range(100):
-                set_random_seed(i)
-                model.train(gradient_steps=10, batch_size=4)
-        messages.append(str(error.value))
-    assert messages[0] == messages[1]
+        messages.append(train_until_it_breaks(model))
+    assert messages[0] == messages[1] and "rewards of update" in messages[0]
     assert_same(snapshot(models[0])["policy"], snapshot(models[1])["policy"], **ROUNDING)
     assert models[0]._n_updates == models[1]._n_updates > 0
 
@@ -127,6 +110,6 @@ def test_a_graph_that_fails_gives_way(broken, monkeypatch):
 
 
 def test_other_optimisers_are_left_alone(recwarn, graphs):
-    model = make(SoftDQN, policy_kwargs=dict(net_arch=[16], optimizer_class=th.optim.SGD))
+    model = make_learner(SoftDQN, policy_kwargs=dict(net_arch=[16], optimizer_class=th.optim.SGD))
     model.train(2, 16)
     assert not graphs and not [warning for warning in recwarn if "CUDA" in str(warning.message)]

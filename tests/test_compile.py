@@ -1,19 +1,15 @@
 """Compiled training is the plain loop too, stops where that stops, and gives way to it where it cannot be had."""
 
 import math
-import shutil
 
 import pytest
 import torch as th
-from helpers import VARIANTS, VECTOR, RandomEnv, assert_same, fill_buffer, is_same, make_model, snapshot
-from plain_loop import assert_trains_as_the_plain_loop
+from helpers import VARIANTS, assert_same, is_same, make_learner, needs_compiler, snapshot
+from plain_loop import assert_trains_as_the_plain_loop, change_settings, train_until_it_breaks
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_softq import DivergenceError, MunchausenDQN, SoftDQN
+from sb3_softq import MunchausenDQN, SoftDQN
 
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="needs a C++ compiler"
-)
 # Float32 and another order of the operations
 ROUNDING = dict(rtol=2e-4, atol=2e-6)
 
@@ -25,10 +21,7 @@ def forget_compiled():
 
 
 def make(algorithm, torch_compile=True, **kwargs):
-    kwargs = dict(tau=0.3, target_update_interval=1, learning_rate=0.01) | kwargs
-    model = make_model(algorithm, RandomEnv(VECTOR), torch_compile=torch_compile, **kwargs)
-    fill_buffer(model, 100)
-    return model
+    return make_learner(algorithm, torch_compile=torch_compile, **kwargs)
 
 
 def train_alike(*models, gradient_steps=3, n_calls=3):
@@ -73,12 +66,6 @@ def test_compiled_training_with_options(kwargs):
     assert_trains_as_the_plain_loop(model, oracle, **ROUNDING)
 
 
-def change_settings(model):
-    """What schedules change between two calls of train()."""
-    model.temperature_module.update(0.5)
-    model.lr_schedule = lambda progress: 0.005
-
-
 @needs_compiler
 @pytest.mark.expensive
 def test_compiled_training_follows_schedules(algorithm):
@@ -109,17 +96,6 @@ def test_calls_of_other_lengths(gradient_steps):
     train_alike(*models, gradient_steps=gradient_steps, n_calls=2)
     assert_same(snapshot(models[0]), snapshot(models[1]), **ROUNDING)
     assert models[0]._n_updates == models[1]._n_updates == 3 + 2 * gradient_steps
-
-
-def train_until_it_breaks(model):
-    """Calls of ten updates, until one draws a broken row."""
-    for i in range(100):
-        set_random_seed(i)
-        try:
-            model.train(gradient_steps=10, batch_size=4)
-        except DivergenceError as error:
-            return str(error)
-    raise AssertionError("nothing broke")
 
 
 @needs_compiler

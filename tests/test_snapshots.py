@@ -6,12 +6,11 @@ algorithm that is meant to change its numbers gets a new entry, by a version wit
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch as th
-from helpers import VARIANTS, VECTOR, Float64Extractor, RandomEnv, fill_buffer, make_model
+from helpers import VARIANTS, VECTOR, Float64Extractor, RandomEnv, fill_buffer, make_model, needs_compiler
 from stable_baselines3.common.utils import set_random_seed
 
 SNAPSHOTS = Path(__file__).parent / "snapshots.json"
@@ -55,7 +54,7 @@ def test_parameters_after_200_updates(name, flat_parameters):
 
 
 @pytest.mark.expensive
-@pytest.mark.skipif(not any(shutil.which(cxx) for cxx in ("g++", "clang++", "c++")), reason="needs a C++ compiler")
+@needs_compiler
 @each_variant
 def test_parameters_after_200_compiled_updates(name):
     assert_is_the_snapshot(name, torch_compile=True)

@@ -14,9 +14,8 @@ from helpers import (
     MaskedEnv,
     RandomEnv,
     assert_same,
-    fill_buffer,
     is_same,
-    make_model,
+    make_learner,
     sample_batch,
     snapshot,
 )
@@ -30,10 +29,8 @@ NEVER = 10**9
 
 
 def make(algorithm, make_env=lambda: RandomEnv(VECTOR), calls_before_tracing=0, **kwargs):
-    kwargs = dict(tau=0.3, target_update_interval=1, learning_rate=0.01) | kwargs
-    model = make_model(algorithm, make_env(), **kwargs)
+    model = make_learner(algorithm, make_env(), **kwargs)
     model._traced.calls_before_tracing = calls_before_tracing
-    fill_buffer(model, 100)
     return model
 
 

@@ -28,7 +28,7 @@ from sb3_softq.actions import (
     has_action_masks,
 )
 from sb3_softq.checks import check_bool, check_choice, check_integer, check_number
-from sb3_softq.compiled import CompiledTraining, capturable
+from sb3_softq.compiled import CompiledTraining
 from sb3_softq.diagnostics import find_divergence, policy_statistics
 from sb3_softq.flat import FlatUpdater, Updater
 from sb3_softq.off_policy import RegularisedAlgorithm
@@ -746,10 +746,9 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         updater = self._get_updater()
-        if self.torch_compile or capturable(self.device):
-            gradient_steps = self._compiled.train(updater, gradient_steps, batch_size)
-            if gradient_steps == 0:
-                return
+        gradient_steps = self._compiled.train(updater, gradient_steps, batch_size)
+        if gradient_steps == 0:
+            return
 
         for replay_data, targets, metrics in self._minibatches(updater, gradient_steps, batch_size):
             update = self._traced.update(updater, replay_data, targets, metrics)

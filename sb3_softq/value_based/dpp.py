@@ -170,7 +170,7 @@ class DPP(GapIncreasingAlgorithm):
         if self.parametrisation == "preference":
             return super()._compute_loss(replay_data, targets)
         q_values, gaps = self.layout.rows(self.q_net(replay_data.observations))
-        current_q_values = self._joint(q_values.gather(1, self.layout.action_rows(replay_data.actions)))
+        current_q_values = self._taken(q_values, replay_data.actions)
         losses = F.smooth_l1_loss(current_q_values, targets, reduction="none")
         # The gaps of all actions to come: P(s, .) - V(s) of the target network
         mask = self._mask_rows(replay_data)

@@ -189,7 +189,7 @@ class MirrorDescentDQN(ValueBasedAlgorithm):
         q_values, logits = self.layout.rows(self.q_net(replay_data.observations))
         with th.no_grad():
             old_q_values, previous = self.layout.rows(self.q_net_target(replay_data.observations))
-        current_q_values = self._joint(q_values.gather(1, actions))
+        current_q_values = self._taken(q_values, replay_data.actions)
         losses = F.smooth_l1_loss(current_q_values, targets, reduction="none")
         return losses + self._greedy_loss(logits, previous, old_q_values, q_values.detach(), actions, mask), logits.detach()
 

@@ -158,14 +158,13 @@ class MomentumDQN(ValueBasedAlgorithm):
         return operators.expectation(*self._policy_and_q_values(estimates, mask), mask)
 
     def _compute_loss(self, replay_data: Any, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        actions = self.layout.action_rows(replay_data.actions)
         q_values, averages = self.layout.rows(self.q_net(replay_data.observations))
-        current_q_values = self._joint(q_values.gather(1, actions))
-        current_averages = self._joint(averages.gather(1, actions))
+        current_q_values = self._taken(q_values, replay_data.actions)
+        current_averages = self._taken(averages, replay_data.actions)
         with th.no_grad():
             # h <- momentum * h + (1 - momentum) * q, where h is the target network's
             old_averages = self.layout.rows(self.q_net_target.networks[-1](replay_data.observations))
-            old_averages = self._joint(old_averages.gather(1, actions))
+            old_averages = self._taken(old_averages, replay_data.actions)
             momentum = self._per_target(replay_data.extras["momentum"])
             new = current_q_values if self.averaged == "q_values" else targets
             target_averages = momentum * old_averages + (1 - momentum) * new
