@@ -9,6 +9,7 @@ operations of all of them, one after the other.
 The eager path gives the same numbers up to rounding, and takes over where this one cannot serve.
 """
 
+import gc
 import math
 import time
 import warnings
@@ -103,6 +104,7 @@ class CompiledUpdate:
             if self.captured:
                 self._function = CapturedFunction(self._function, state, fixed, leaves, rates)
                 self._check_capture(state, expected, fixed, leaves, rates)
+        gc.collect()  # what was traced is in cycles, with all its intermediate results
         self.compile_seconds = time.perf_counter() - start
 
     # What goes in: the state, which changes from update to update; what is fixed during the call; rates of the updates

@@ -2,8 +2,8 @@
 Replay buffers of Stable-Baselines3 whose storage grows as it fills.
 
 A buffer of the usual million image transitions asks for tens of gigabytes before the first step. Here storage is
-allocated at the first transition and doubled when it is full, up to ``buffer_size``: a short training, or a model that
-was loaded to be looked at, holds what it uses.
+allocated at the first transition, as far as it fits easily into the memory that is free, and grows when it is full, up to
+``buffer_size``: a short training, or a model that was loaded to be looked at, holds what it uses.
 """
 
 import functools
@@ -11,19 +11,13 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from torch.utils._pytree import tree_map, tree_map_only
-
-try:
-    import psutil
-except ImportError:  # an extra of SB3's
-    psutil = None  # type: ignore[assignment]
-
-MINIMUM_CAPACITY = 1024
 
 
 def n_states(observations: PyTorchObs) -> int:
@@ -196,33 +190,35 @@ class GrowingStorage(ReplayBuffer):
             self._check_memory(self.storage_device)
             self._allocate(self.storage_device, self.buffer_size)
             return
-        capacity = min(max(n_rows, 2 * self.capacity, MINIMUM_CAPACITY), self.buffer_size)
-        free = free_bytes(th.device("cpu"))
-        if free is not None:
-            capacity = min(capacity, self.capacity + int(0.9 * free / (self.transition_bytes * self.n_envs)))
+        free_rows = free_bytes(th.device("cpu")) // (self.transition_bytes * self.n_envs)
+        limit = min(self.buffer_size, self.capacity + int(0.9 * free_rows))
+        doubled = max(n_rows, 2 * self.capacity)
+        # What fits easily is there at once: it takes no memory until it is written, and an array that grows is copied
+        if limit < n_rows or not any(self._grow(min(size, limit)) for size in (max(doubled, free_rows // 2), doubled)):
+            self._stop_growing()
+
+    def _grow(self, capacity: int) -> bool:
+        """Whether there is memory for ``capacity`` rows, which the arrays have then."""
+        old_capacity, arrays = self.capacity, self._arrays()
         try:
-            if capacity < n_rows:
-                raise MemoryError
             # Fresh pages of np.zeros take no memory until they are written, and an array is gone before the next one grows
-            arrays = self._arrays()
             while arrays:
                 owner, name, array = arrays.pop()
                 owner[name] = np.zeros((capacity, *array.shape[1:]), dtype=array.dtype)
                 owner[name][: len(array)] = array
                 del array
-        except MemoryError:
-            self._stop_growing()
+        except MemoryError:  # maybe half way
+            for owner, name, array in self._arrays():
+                owner[name] = array[:old_capacity]
+            return False
+        return True
 
     def _stop_growing(self) -> None:
-        # An allocation may have failed half way: all arrays go back to the shortest
-        capacity = min(len(array) for _, _, array in self._arrays())
-        for owner, name, array in self._arrays():
-            owner[name] = array[:capacity]
         warnings.warn(
             f"Not enough memory for the replay buffer to grow to buffer_size={self.buffer_size * self.n_envs}: it stays at "
-            f"{capacity * self.n_envs} transitions and overwrites the oldest. Pass a smaller buffer_size to avoid this."
+            f"{self.capacity * self.n_envs} transitions and overwrites the oldest. Pass a smaller buffer_size to avoid this."
         )
-        self.buffer_size = capacity
+        self.buffer_size = self.capacity
 
     # ------------------------------------------------------------------ storage on a device
 
@@ -269,7 +265,7 @@ class GrowingStorage(ReplayBuffer):
     def _check_memory(self, device: th.device) -> None:
         free = free_bytes(device)
         row_bytes = self.n_envs * sum(field_bytes(array) for _, _, array in self._arrays())
-        if free is not None and self.buffer_size * row_bytes > free:
+        if self.buffer_size * row_bytes > free:
             raise MemoryError(
                 f"buffer_size={self.buffer_size * self.n_envs} transitions take {self.buffer_size * row_bytes} bytes, and "
                 f"storage_device={str(device)!r} has {free} free, enough for buffer_size={free // row_bytes * self.n_envs}: "
@@ -292,10 +288,11 @@ class GrowingStorage(ReplayBuffer):
         self.__dict__.update(carve(block, fields))
 
     def _host_fields(self) -> dict[str, Any]:
-        """The :meth:`_fields` as NumPy arrays: of what was on a device, the rows in use."""
+        """The :meth:`_fields` as NumPy arrays: the rows in use, and one more that ``optimize_memory_usage`` writes to."""
+        n_rows = self.size() + 1
         if self._block is None:
-            return self._fields()
-        return tree_map(th.Tensor.numpy, carve(self._block[: max(self.size(), 1)].cpu(), self._fields()))
+            return tree_map(lambda array: array[:n_rows], self._fields())
+        return tree_map(th.Tensor.numpy, carve(self._block[:n_rows].cpu(), self._fields()))
 
     def _fetchable(self, tensor: th.Tensor) -> th.Tensor:
         """A tensor of the host where the storage's device can fetch it without being waited for."""
@@ -493,16 +490,16 @@ def _write(array: Any, row: int, value: Any) -> None:
         array[row] = value.reshape(array.shape[1:])
 
 
-def free_bytes(device: th.device) -> int | None:
+def free_bytes(device: th.device) -> int:
     """
-    Free memory of a device, or None where nothing tells it.
+    Free memory of a device.
 
     :param device: the CPU or a CUDA device
     """
     if device.type == "cuda":
         unused = th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)  # PyTorch's own reserve
         return th.cuda.mem_get_info(device)[0] + unused
-    return None if psutil is None else psutil.virtual_memory().available
+    return psutil.virtual_memory().available  # type: ignore[no-any-return]
 
 
 def split_samples(samples: ReplayBufferSamples, n_batches: int) -> list[ReplayBufferSamples]:

@@ -8,6 +8,7 @@ temperature and a minibatch, so that they can be traced to graphs of plain tenso
 numbers to the last bit, in a third of the time. :mod:`sb3_softq.compiled` hands them to the compiler.
 """
 
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -410,3 +411,5 @@ class TracedTraining:
                 return Graph(getattr(hooks, name), hooks, inputs)
         except Exception:  # whatever tracing raises: the hook itself goes on
             return None
+        finally:
+            gc.collect()  # what was traced is in cycles, with all its intermediate results

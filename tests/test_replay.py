@@ -67,12 +67,20 @@ def assert_same_samples(buffer, other, batch_size=200):
             assert (ours is None and theirs is None) or (ours.dtype == theirs.dtype and bool((ours == theirs).all())), name
 
 
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Storage can be doubled, but there is never memory for more at once."""
+    grow = replay.GrowingStorage._grow
+    monkeypatch.setattr(
+        replay.GrowingStorage, "_grow", lambda self, capacity: capacity <= 2 * self.capacity and grow(self, capacity)
+    )
+
+
 @pytest.mark.parametrize("storage_device", [None, "cpu"])
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("buffer_size", [1, 2, 5, 30, 1000])
-def test_samples_are_those_of_sb3(kind, buffer_size, n_envs, storage_device, monkeypatch):
-    # Small steps of growth, and sizes that fill up and wrap around
-    monkeypatch.setattr(replay, "MINIMUM_CAPACITY", 4)
+def test_samples_are_those_of_sb3(kind, buffer_size, n_envs, storage_device, small_steps):
+    # Sizes that fill up and wrap around
     if buffer_size < 2 * n_envs and kind[3].get("optimize_memory_usage"):
         pytest.skip("SB3 cannot keep a transition in one row of shared observations")
     growing, sb3 = make_buffers(kind, buffer_size, n_envs, storage_device)
@@ -84,28 +92,31 @@ def test_samples_are_those_of_sb3(kind, buffer_size, n_envs, storage_device, mon
     assert growing.buffer_size == sb3.buffer_size
 
 
-def test_samples_after_growing_from_the_default_capacity(kind):
-    growing, sb3 = make_buffers(kind, buffer_size=5000)
-    for transition in transitions(kind, n_envs=1, n_rows=2 * replay.MINIMUM_CAPACITY + 10):
-        growing.add(*transition)
-        sb3.add(*transition)
-    assert_same_samples(growing, sb3)
-
-
 def storage_bytes(buffer):
     return sum(array.nbytes for _, _, array in buffer._arrays())
 
 
-def test_storage_grows_as_it_fills(kind):
-    buffer, _ = make_buffers(kind, buffer_size=3000)
-    assert buffer.capacity == 1
-    capacities = []
-    for transition in transitions(kind, n_envs=1, n_rows=3100):
+def test_storage_is_there_at_once_where_it_fits_easily(kind, monkeypatch):
+    buffer, _ = make_buffers(kind, buffer_size=300)
+    monkeypatch.setattr(replay, "psutil", Memory(available=2 * 250 * storage_bytes(buffer)))
+    capacities = set()
+    for transition in transitions(kind, n_envs=1, n_rows=310):
         buffer.add(*transition)
-        capacities.append(buffer.capacity)
+        capacities.add(buffer.capacity)
+    # What half of the free memory holds, then the rest
+    assert capacities == {250, 300}
+
+
+def test_storage_grows_as_it_fills(kind, small_steps):
+    buffer, _ = make_buffers(kind, buffer_size=300)
+    assert buffer.capacity == 1
+    capacities = set()
+    for transition in transitions(kind, n_envs=1, n_rows=310):
+        buffer.add(*transition)
+        capacities.add(buffer.capacity)
     # Doubled each time, up to buffer_size and no further
-    assert sorted(set(capacities)) == [replay.MINIMUM_CAPACITY, 2 * replay.MINIMUM_CAPACITY, 3000]
-    assert buffer.full and buffer.size() == 3000
+    assert capacities == {2, 4, 8, 16, 32, 64, 128, 256, 300}
+    assert buffer.full and buffer.size() == 300
 
 
 def test_a_huge_buffer_takes_no_memory_before_the_first_transition():
@@ -125,8 +136,7 @@ def test_capacity_counts_rows_of_all_environments(n_envs):
 
 @pytest.mark.parametrize("storage_device", [None, "cpu"])
 @pytest.mark.parametrize("moment", [0, 10, 50])
-def test_pickle_keeps_contents_and_goes_on(kind, moment, storage_device, monkeypatch):
-    monkeypatch.setattr(replay, "MINIMUM_CAPACITY", 4)
+def test_pickle_keeps_contents_and_goes_on(kind, moment, storage_device, small_steps):
     growing, sb3 = make_buffers(kind, buffer_size=40, storage_device=storage_device)
     for i, transition in enumerate(transitions(kind, n_envs=1, n_rows=60)):
         if i == moment:
@@ -136,6 +146,16 @@ def test_pickle_keeps_contents_and_goes_on(kind, moment, storage_device, monkeyp
         growing.add(*transition)
         sb3.add(*transition)
         assert_same_samples(growing, sb3, batch_size=20)
+
+
+def test_a_file_holds_the_rows_in_use(kind):
+    buffer, _ = make_buffers(kind, buffer_size=5000)
+    for transition in transitions(kind, n_envs=1, n_rows=20):
+        buffer.add(*transition)
+    assert buffer.capacity == 5000
+    loaded = pickle.loads(pickle.dumps(buffer))
+    assert loaded.capacity == 21 and loaded.buffer_size == 5000
+    assert_same_samples(loaded, buffer)
 
 
 @pytest.mark.parametrize("storage_device", [None, "cpu"])
@@ -172,13 +192,13 @@ class Memory:
 
 
 def fail_to_allocate_more_than(n_rows, monkeypatch):
-    """np.zeros raises MemoryError for arrays of more rows, but only at its third call: a failure half way."""
+    """np.zeros raises MemoryError for arrays of more rows, but only at its fourth call: a failure half way."""
     allocate, calls = np.zeros, []
 
     def zeros(shape, *args, **kwargs):
         if isinstance(shape, tuple) and shape and shape[0] > n_rows:
             calls.append(shape)
-            if len(calls) > 2:
+            if len(calls) > 3:
                 raise MemoryError
         return allocate(shape, *args, **kwargs)
 
@@ -186,9 +206,7 @@ def fail_to_allocate_more_than(n_rows, monkeypatch):
 
 
 @pytest.mark.parametrize("shortage", ["little is free", "allocation fails"])
-def test_short_of_memory_it_stays_at_its_size(kind, shortage, monkeypatch):
-    monkeypatch.setattr(replay, "MINIMUM_CAPACITY", 4)
-    monkeypatch.setattr(replay, "psutil", None)
+def test_short_of_memory_it_stays_at_its_size(kind, shortage, small_steps, monkeypatch):
     growing, _ = make_buffers(kind, buffer_size=1000)
     rows = list(transitions(kind, n_envs=1, n_rows=60))
     for transition in rows[:10]:
@@ -217,19 +235,18 @@ def test_short_of_memory_it_stays_at_its_size(kind, shortage, monkeypatch):
 def test_memory_limits_how_far_it_doubles(monkeypatch):
     buffer = GrowingReplayBuffer(1000, VECTOR, ACTIONS)
     row_bytes = storage_bytes(buffer)
-    monkeypatch.setattr(replay, "MINIMUM_CAPACITY", 4)
-    monkeypatch.setattr(replay, "psutil", Memory(available=5 * row_bytes))
-    rows = list(random_transitions(VECTOR, ACTIONS, 1, 8))
+    monkeypatch.setattr(replay, "psutil", Memory(available=3 * row_bytes))
+    capacities = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for transition in rows[:7]:
+        for transition in random_transitions(VECTOR, ACTIONS, 1, 7):
             buffer.add(*transition)
-    # Four rows at first, then as many more as fit into nine tenths of what is free
-    assert buffer.capacity == 8 and buffer.buffer_size == 1000
+            capacities.append(buffer.capacity)
+    # Doubled, but by no more than fits into nine tenths of what is free
+    assert capacities == [2, 4, 4, 6, 6, 8, 8] and buffer.buffer_size == 1000
 
 
-def test_training_goes_on_when_memory_runs_out(algorithm, monkeypatch):
-    monkeypatch.setattr(replay, "MINIMUM_CAPACITY", 16)
+def test_training_goes_on_when_memory_runs_out(algorithm, small_steps, monkeypatch):
     model = make_model(algorithm, buffer_size=10_000, train_freq=1)
     model.learn(30)
     monkeypatch.setattr(replay, "psutil", Memory(available=0))
@@ -243,7 +260,7 @@ def test_model_holds_no_storage_until_it_learns(algorithm):
     model = make_model(algorithm, buffer_size=1_000_000)
     assert model.replay_buffer.capacity == 1
     model.learn(30)
-    assert model.replay_buffer.capacity == replay.MINIMUM_CAPACITY
+    assert model.replay_buffer.capacity > 30
     assert model.buffer_size == 1_000_000
 
 
@@ -272,9 +289,9 @@ def test_an_array_that_is_replaced_or_changed_is_sampled(kind):
     assert_same_samples(growing, sb3)
 
 
-def test_arrays_of_before_growing_are_not_kept():
+def test_arrays_of_before_growing_are_not_kept(small_steps):
     buffer = GrowingReplayBuffer(5000, VECTOR, ACTIONS)
-    rows = list(random_transitions(VECTOR, ACTIONS, 1, replay.MINIMUM_CAPACITY + 10))
+    rows = list(random_transitions(VECTOR, ACTIONS, 1, 20))
     for transition in rows[:10]:
         buffer.add(*transition)
     buffer.sample(3)
