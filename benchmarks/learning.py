@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rows import read_rows, write_rows
+from rows import append_row, read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -201,9 +201,8 @@ def run_suite(name: str, jobs: int, algos: list[str], envs: list[str], seeds: in
         if result.returncode != 0 or not lines:
             print(f"{task} failed:\n{result.stderr[-2000:]}", flush=True)
             return
-        with RESULTS.open("a") as file:
-            file.write(lines[-1] + "\n")
         row = json.loads(lines[-1])
+        append_row(RESULTS, row)
         print(f"{task}: {row['final_mean']:.1f} in {row['seconds']} s {row.get('error', '')}", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -211,12 +210,15 @@ def run_suite(name: str, jobs: int, algos: list[str], envs: list[str], seeds: in
 
 
 def interquartile_mean(scores: list[float]) -> tuple[float, float, float]:
-    """Interquartile mean over the seeds, and its 95% interval (bootstrap)."""
+    """Interquartile mean over the seeds, and its 95% interval (bootstrap, with the same draws whenever it is asked)."""
     import numpy as np
     from rliable import library, metrics
 
     point, interval = library.get_interval_estimates(
-        {"": np.asarray(scores)[:, None]}, lambda runs: np.array([metrics.aggregate_iqm(runs)]), reps=2000
+        {"": np.asarray(scores)[:, None]},
+        lambda runs: np.array([metrics.aggregate_iqm(runs)]),
+        reps=2000,
+        random_state=np.random.RandomState(0),
     )
     return float(point[""][0]), float(interval[""][0, 0]), float(interval[""][1, 0])
 

@@ -10,14 +10,13 @@ All have networks of one size, batches of one size and one learning rate. Every 
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch as th
-from rows import read_rows
+from rows import append_row, read_rows
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -70,8 +69,7 @@ def run(algos: list[str], seeds: int) -> None:
             for scale in SCALES:
                 if (name, scale, seed) not in done:
                     row = run_one(name, scale, seed)
-                    with RESULTS.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    append_row(RESULTS, row)
                     print(f"{name}, rewards x {scale:g}, seed {seed}: {row['curve'][-1]:.0f}", flush=True)
 
 

@@ -19,6 +19,13 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def append_row(path: Path, row: Row) -> None:
+    """Add a row to a file."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def update_rows(path: Path, rows: list[Row], keys: tuple[str, ...]) -> None:
     """Add rows to a file, in place of those that agree with them in all keys."""
     write_rows(path, {tuple(row[key] for key in keys): row for row in [*read_rows(path), *rows]}.values())

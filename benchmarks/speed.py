@@ -218,13 +218,21 @@ def check_compiled(names: list[str], models: list[Any]) -> None:
 
 
 def alternate(reference: Callable[[], float], ours: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Times of the reference over times of ours, of neighbouring blocks; each function returns the time of a block."""
+    """
+    Times of the reference over times of ours; each function returns the time of a block.
+
+    The reference, all of ours, the reference again, and so on: ours count against the mean of the references around them.
+    """
     for function in (reference, *ours.values()):
         function()
     result: dict[str, list[float]] = {name: [] for name in ours}
+    before = reference()
     for _ in range(BLOCKS):
-        for name, function in ours.items():
-            result[name].append(reference() / function())
+        times = {name: function() for name, function in ours.items()}
+        after = reference()
+        for name, own_time in times.items():
+            result[name].append((before + after) / 2 / own_time)
+        before = after
     return result
 
 
@@ -254,7 +262,7 @@ def updates(model: Any, case: dict[str, Any], n_updates: int) -> Callable[[], No
 
 def measure_updates(case_name: str, setting: Setting) -> Iterator[Measured]:
     case = CASES[case_name]
-    n_updates = N_UPDATES.get(case_name, 1_000) // setting.scale
+    n_updates = N_UPDATES.get(case_name, 500) // setting.scale
     models = {name: build(OURS[name][0], case, **OURS[name][1]) for name in setting.algos}
     ours = {name: updates(model, case, n_updates) for name, model in models.items()}
     measured = ratios(updates(build(DQN, case), case, n_updates), ours, setting.timer)
@@ -264,14 +272,14 @@ def measure_updates(case_name: str, setting: Setting) -> Iterator[Measured]:
 
 def measure_family(case_name: str, setting: Setting) -> Iterator[Measured]:
     case = CASES[case_name]
-    n_updates = 200 // setting.scale
+    n_updates = 100 // setting.scale
     for reference, cls in REFERENCES.items():
         ours = {name: updates(build(one, case, **kwargs), case, n_updates) for name, (one, kwargs) in FAMILY.items()}
         yield Measured("update", reference, ratios(updates(build(cls, case), case, n_updates), ours, setting.timer))
 
 
 def measure_learning(case_name: str, setting: Setting) -> Iterator[Measured]:
-    case, n_steps = CASES[case_name], 4_096 // setting.scale
+    case, n_steps = CASES[case_name], 2_048 // setting.scale
 
     def learn(model: Any) -> Callable[[], None]:
         # Exploring until the end of the first tenth as all do: the block is a training of its own
@@ -381,10 +389,10 @@ def measure_sbx(case_name: str, setting: Setting) -> Iterator[Measured]:
     case = CASES[case_name]
     # What is timed, updates in a call of train(), updates in a block
     measurements = {
-        "learn(), 1 per step": ("learn", 1, 4_000),
-        "learn(), 1000/1000": ("learn", 1_000, 10_000),
-        "updates, 1 per call": ("updates", 1, 4_000),
-        "updates, 1000 per call": ("updates", 1_000, 20_000),
+        "learn(), 1 per step": ("learn", 1, 2_000),
+        "learn(), 1000/1000": ("learn", 1_000, 5_000),
+        "updates, 1 per call": ("updates", 1, 2_000),
+        "updates, 1000 per call": ("updates", 1_000, 10_000),
     }
     for name, (what, per_call, n_updates) in measurements.items():
         options = {
@@ -523,7 +531,7 @@ def main() -> None:
     elif "sbx" in arguments.parts and not arguments.sbx:
         parser.error("--parts sbx needs --sbx")
     if arguments.threads:
-        scale = 5 if arguments.quick else 1
+        scale = 4 if arguments.quick else 1
         setting = Setting(arguments.algos, arguments.threads, arguments.clock, scale, arguments.sbx, arguments.core)
         run(arguments.cases, arguments.parts, setting)
         return

@@ -69,7 +69,11 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
 
     def _storage_options(self) -> dict[str, Any]:
         """What our replay buffers are told beyond SB3's arguments, see :class:`~sb3_softq.replay.GrowingStorage`."""
-        return dict(n_steps=self.n_steps, gamma=self.gamma)
+        return dict(n_steps=self.n_steps, gamma=self.gamma, extra_fields=self._extra_fields())
+
+    def _extra_fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """What is stored beside each transition: name -> (shape, dtype). :meth:`_pending` gives it."""
+        return {}
 
     def load_replay_buffer(self, *args: Any, **kwargs: Any) -> None:
         """Load a replay buffer from a file; where our own is stored and how it samples segments is up to the model."""
@@ -92,6 +96,10 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
         check_finite("observations", self._last_obs, self.num_timesteps)
         return result
 
+    def _pending(self) -> dict[str, np.ndarray]:
+        """The :meth:`_extra_fields` of the transition that is about to be stored, ``(n_envs, ...)`` each."""
+        return {}
+
     def _store_transition(
         self,
         replay_buffer: ReplayBuffer,
@@ -103,6 +111,8 @@ class RegularisedAlgorithm(OffPolicyAlgorithm):
     ) -> None:
         check_finite("rewards", reward, self.num_timesteps)
         check_finite("observations", new_obs, self.num_timesteps)
+        if isinstance(replay_buffer, GrowingStorage) and replay_buffer.extras:
+            replay_buffer.pending = self._pending()
         if self._vec_normalize_env is not None:
             # What is stored; normalisation clips infinities
             check_finite("rewards", self._vec_normalize_env.get_original_reward(), self.num_timesteps)

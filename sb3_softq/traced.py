@@ -19,7 +19,6 @@ import torch as th
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map_only
 
-from sb3_softq import operators
 from sb3_softq.flat import FlatUpdater, Updater
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ class Hooks:
         parameters = [parameter.detach().requires_grad_() for parameter in parameters]
         with th.enable_grad(), self._inputs(parameters, target_parameters, temperature):
             losses, q_values = self.model._compute_loss(samples, target)
-            excess = excess_entropy(self.model, q_values.detach(), samples)
+            excess = self.model._excess_entropy(samples, q_values.detach())
         weights = th.full_like(losses, 1 / losses.numel())  # the gradient of their mean
         gradients = th.autograd.grad(losses, parameters, weights, allow_unused=True, materialize_grads=True)
         gradient = th.cat([gradient.reshape(-1) for gradient in gradients])
@@ -166,21 +165,6 @@ class Hooks:
         observations, masks, sample = tree_like(self.samples, iter(leaves))
         with th.no_grad(), self._inputs(parameters, target_parameters, temperature):
             return list(self.model._act(observations, masks, sample))
-
-
-def excess_entropy(model: "ValueBasedAlgorithm", q_values: th.Tensor, samples: Any) -> Tensors:
-    """
-    What a learned temperature learns from; nothing of another.
-
-    :param model: the model
-    :param q_values: acting values of a minibatch
-    :param samples: the minibatch
-    """
-    if not model.temperature_module.learned:
-        return []
-    mask = model._mask_rows(samples)
-    entropies = operators.entropy(q_values, model._acting_temperature, mask)
-    return [model.temperature_module.excess_entropy(entropies, mask)]
 
 
 class Update(NamedTuple):
@@ -329,7 +313,7 @@ class TracedTraining:
             losses, q_values = self.model._compute_loss(samples, minibatch_targets)
             loss = losses.mean()
             gradient, norm = updater.backward(loss)
-            excess = excess_entropy(self.model, q_values, samples)
+            excess = self.model._excess_entropy(samples, q_values)
             return [gradient, loss.detach(), norm, q_values, minibatch_targets, *excess, *own]
 
         gradient, loss, norm, q_values, target, *more = self._run(

@@ -18,7 +18,6 @@ from sb3_softq import losses
 from sb3_softq.actor_critic.base import ActorCriticAlgorithm
 from sb3_softq.actor_critic.policies import CnnMPOPolicy, MPOPolicy, MultiInputMPOPolicy, sampled_q_values
 from sb3_softq.checks import check_bool, check_integer, check_number
-from sb3_softq.replay import GrowingStorage
 
 # Logs of the multipliers stay between these
 LOG_MULTIPLIER_RANGE = (-18.0, 18.0)
@@ -253,13 +252,14 @@ class MPO(ActorCriticAlgorithm):
         return {**initial, "alpha_mean": (self.init_alpha, n), "alpha_covariance": (self.init_alpha, n)}
 
     def _storage_options(self) -> dict[str, Any]:
-        options = super()._storage_options()
-        if self.retrace:
-            shape = () if self.is_discrete else (int(np.prod(self.action_space.shape)),)  # type: ignore[arg-type]
-            # Actions before they were clipped to their range, and their log-probabilities
-            extra_fields = {"drawn_actions": (shape, np.float32), "log_probs": ((), np.float32)}
-            options.update(keep_steps=True, extra_fields=extra_fields)
-        return options
+        return dict(super()._storage_options(), keep_steps=self.retrace)
+
+    def _extra_fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        if not self.retrace:
+            return {}
+        shape = () if self.is_discrete else (int(np.prod(self.action_space.shape)),)  # type: ignore[arg-type]
+        # Actions before they were clipped to their range, and their log-probabilities
+        return {"drawn_actions": (shape, np.float32), "log_probs": ((), np.float32)}
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "multipliers", "_drawn"]
@@ -301,19 +301,8 @@ class MPO(ActorCriticAlgorithm):
         shape = (n_envs, *self.action_space.shape)  # type: ignore[misc]
         return drawn.cpu().numpy().reshape(shape), log_probs.flatten().cpu().numpy()
 
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        if self.retrace:
-            assert isinstance(replay_buffer, GrowingStorage)
-            replay_buffer.pending = self._drawn
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+    def _pending(self) -> dict[str, np.ndarray]:
+        return self._drawn if self.retrace else {}
 
     # ------------------------------------------------------------------ learning
 

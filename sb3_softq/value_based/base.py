@@ -256,10 +256,9 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
 
     def _storage_options(self) -> dict[str, Any]:
         keep_steps = self.n_step_bonus or self.tree_backup
-        return dict(super()._storage_options(), keep_steps=keep_steps, extra_fields=self._extra_fields())
+        return dict(super()._storage_options(), keep_steps=keep_steps)
 
     def _extra_fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """What is stored beside each transition: name -> (shape, dtype). :meth:`_pending` gives it."""
         if not self._masking:
             return {}
         n_values = self.layout.n_values
@@ -278,7 +277,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         derived = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target", "exploration_schedule"]
         derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report", "_traced", "_compiled"]
-        derived += ["layout", "_masking", "_masks", "_extra_names"]
+        derived += ["layout", "_masking", "_masks", "_pending_masks", "_extra_names"]
         return [*super()._excluded_save_params(), *derived]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -502,18 +501,16 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        if self._extra_names:
-            assert isinstance(replay_buffer, GrowingStorage)
-            replay_buffer.pending = self._pending()
-        if self._masks is not None:
-            masks = self._read_masks(new_obs)
-            replay_buffer.pending["next_action_masks"] = self._next_masks(masks, dones, infos)  # type: ignore[attr-defined]
-            self._masks = masks
+        if self._masks is None:
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+            return
+        masks = self._read_masks(new_obs)
+        self._pending_masks = {"action_masks": self._masks, "next_action_masks": self._next_masks(masks, dones, infos)}
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._masks = masks
 
     def _pending(self) -> dict[str, np.ndarray]:
-        """The :meth:`_extra_fields` of the transition that is about to be stored, but the next masks."""
-        return {} if self._masks is None else {"action_masks": self._masks}
+        return {} if self._masks is None else self._pending_masks
 
     def _flat_masks(self) -> np.ndarray | None:
         """Masks of the environments' current states as they gave them, ``(n_envs, n_actions)``; None without masks."""
@@ -673,6 +670,18 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         q_values = self.layout.rows(self.q_net(replay_data.observations))
         current_q_values = self._taken(q_values, replay_data.actions)
         return F.smooth_l1_loss(current_q_values, targets, reduction="none"), q_values.detach()
+
+    def _excess_entropy(self, replay_data: Any, q_values: th.Tensor) -> list[th.Tensor]:
+        """
+        What a learned temperature learns from; nothing of another.
+
+        :param replay_data: a minibatch
+        :param q_values: its acting values, see :meth:`_compute_loss`
+        """
+        if not self.temperature_module.learned:
+            return []
+        mask = self._mask_rows(replay_data)
+        return [self.temperature_module.excess_entropy(operators.entropy(q_values, self._acting_temperature, mask), mask)]
 
     def _bellman_target(self, replay_data: Any, next_values: th.Tensor, bonus: th.Tensor | float = 0.0) -> th.Tensor:
         """``rewards + bonus + discount * (1 - done) * next_values``, for one-step and n-step minibatches."""

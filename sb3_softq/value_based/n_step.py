@@ -54,7 +54,7 @@ def n_step_targets(model: "ValueBasedAlgorithm", replay_data: Any) -> tuple[th.T
     states += [replay_data.observations] if model._has_bonus else []
     sizes = [batch_size * (n_steps - 1) * layout.n_heads] + [batch_size * layout.n_heads] * (len(states) - 1)
     pieces = list(zip(*(tensor.split(sizes) for tensor in model._estimates(concatenate(*states))), strict=True))
-    actions = layout.action_rows(steps["actions"].flatten(end_dim=1))
+    actions = steps["actions"].flatten(end_dim=1)
     step_masks = steps["action_masks"].flatten(end_dim=1) if "action_masks" in steps else None
     mask = layout.mask_rows(step_masks, batch_size * (n_steps - 1), model.device)
 
@@ -72,14 +72,14 @@ def n_step_targets(model: "ValueBasedAlgorithm", replay_data: Any) -> tuple[th.T
     if model._has_bonus:
         bonus, metrics = model._bonus(pieces[2], layout.action_rows(replay_data.actions), model._mask_rows(replay_data))
         rewards[0] = rewards[0] + bonus
-        for k, bonus in enumerate(by_step(model._bonus(pieces[0], actions, mask)[0])):
+        for k, bonus in enumerate(by_step(model._bonus(pieces[0], layout.action_rows(actions), mask)[0])):
             rewards[k + 1] = rewards[k + 1] + bonus
     if model.tree_backup:
         policy, q_values = model._policy_and_q_values(pieces[0], mask)
         values = by_step(model._joint(model._value(pieces[0], mask)))
-        taken = by_step(model._joint(q_values.gather(1, actions)))
+        taken = by_step(model._taken(q_values, actions))
         # The probability of a joint action is the product of its heads'
-        probabilities = by_step(model._joint(policy.gather(1, actions).log()).exp())
+        probabilities = by_step(model._taken(policy.log(), actions).exp())
     else:
         omega = by_step(model._joint(model._regularisation(pieces[0], mask)))
 

@@ -164,15 +164,15 @@ class SACDiscrete(ValueBasedAlgorithm):
         return {**super()._extra_fields(), "entropies": ((self.layout.n_heads,), "float32")}
 
     def _pending(self) -> dict[str, Any]:
-        pending = super()._pending()
-        if self.entropy_penalty > 0:
-            assert self._last_obs is not None
-            values, _ = self._act_on(self._last_obs, self.policy.acting_values)
-            rows, mask = self._acting_rows(values, self._flat_masks())
-            if self.num_timesteps < self.learning_starts:
-                rows = rows * 0.0  # actions are drawn uniformly
-            pending["entropies"] = operators.entropy(rows, 1.0, mask).view(len(values), -1).cpu().numpy()
-        return pending
+        if self.entropy_penalty == 0:
+            return super()._pending()
+        assert self._last_obs is not None
+        values, _ = self._act_on(self._last_obs, self.policy.acting_values)
+        rows, mask = self._acting_rows(values, self._flat_masks())
+        if self.num_timesteps < self.learning_starts:
+            rows = rows * 0.0  # actions are drawn uniformly
+        entropies = operators.entropy(rows, 1.0, mask).view(len(values), -1).cpu().numpy()
+        return {**super()._pending(), "entropies": entropies}
 
     def _critics(self, q_values: th.Tensor) -> th.Tensor:
         """What counts of both critics' values, ``(2, n_rows, n_actions)``."""
