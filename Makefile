@@ -29,7 +29,7 @@ help:
 	@echo "make test     run the tests (PYTEST_ARGS='-m expensive' for the long ones)"
 	@echo "make lint     ruff: rules and formatting     make type    mypy     make format  let ruff rewrite the files"
 	@echo "make doc      build the documentation into docs/_build/html"
-	@echo "make bench    measure speed and memory on this machine (about an hour, for a machine with nothing else to do),"
+	@echo "make bench    measure speed and memory on this machine (about two hours, with nothing else to do),"
 	@echo "              report the recorded learning benchmark; SBX=python of an environment with sbx-rl compares with it"
 	@echo "make build    build the wheel and the source distribution into dist/"
 	@echo "make clean    remove what these targets made, except the environment $(VENV)"

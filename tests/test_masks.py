@@ -483,6 +483,7 @@ def test_loaded_without_the_buffer_it_fills_a_new_one(algorithm, tmp_path):
     loaded = algorithm.load(tmp_path / "model", device="cpu")
     env = MaskedEnv(DISCRETE)
     loaded.set_env(env)
+    loaded.set_random_seed(0)
     loaded.learn(80)
     assert_stored(loaded, loaded.get_env())
 
