@@ -277,7 +277,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         derived = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target", "exploration_schedule"]
         derived += ["temperature_module", "_updater", "_vector_shape", "_losses", "_next_report", "_traced", "_compiled"]
-        derived += ["layout", "_masking", "_masks", "_pending_masks", "_extra_names"]
+        derived += ["layout", "_masking", "_masks", "_pending_masks"]
         return [*super()._excluded_save_params(), *derived]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -445,7 +445,6 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._setup_learn(*args, **kwargs)
         self._masking = has_action_masks(self.env)
-        self._extra_names = set(self._extra_fields())
         self._prepare_storage()
         self._masks = self._read_masks(self._last_obs) if self._masking else None
         return result
@@ -453,13 +452,14 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _prepare_storage(self) -> None:
         """A replay buffer that stores what is needed, of which the model may not have known before, such as masks."""
         assert self.replay_buffer is not None
+        needed = set(self._extra_fields())
         own = isinstance(self.replay_buffer, GrowingStorage)
         stored = set(self.replay_buffer.extras) if isinstance(self.replay_buffer, GrowingStorage) else set()
-        if stored == self._extra_names:
+        if stored == needed:
             return
         if self.replay_buffer_class is not None or not own:
             raise ValueError(
-                f"{' and '.join(sorted(self._extra_names))} are stored by the package's own replay buffers, not by "
+                f"{' and '.join(sorted(needed))} are stored by the package's own replay buffers, not by "
                 f"{type(self.replay_buffer).__name__}: leave replay_buffer_class=None"
             )
         if self.replay_buffer.size() > 0:
@@ -469,7 +469,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
                     f"replay buffer had {'none' if self._masking else 'them'}: train on such a one, or with a new buffer"
                 )
             raise ValueError(
-                f"The transitions in the replay buffer hold {sorted(stored)} and not {sorted(self._extra_names)}, which the "
+                f"The transitions in the replay buffer hold {sorted(stored)} and not {sorted(needed)}, which the "
                 "model needs now: train with the arguments that they were collected with, or with a new buffer"
             )
         self.replay_buffer = self._make_replay_buffer()
