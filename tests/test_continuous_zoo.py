@@ -82,6 +82,8 @@ def test_sampled_parameters_are_accepted_and_found_again(algo):
         assert sampled.keys() > OWN_PARAMETERS[algo] | {"learning_rate", "gamma", "tau"}
         model = ALGOS[algo]("MlpPolicy", "Pendulum-v1", **sampled)
         assert all(getattr(model, name) == sampled[name] for name in OWN_PARAMETERS[algo])
+        if "target_update_interval" in OWN_PARAMETERS[algo]:
+            assert (model.tau == 1.0) == (model.target_update_interval > 1)  # copies, or averages
         study.tell(trial, 0.0)
         assert HYPERPARAMS_CONVERTER[algo](study.trials[-1].params) == sampled
 

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from sb3_softq import MPO, RERPI, DivergenceError, losses
+from sb3_softq.actor_critic import policies
 from sb3_softq.actor_critic.mpo import PolicyEvaluation
 
 BATCH, SAMPLES, DIM = 5, 7, 3
@@ -401,6 +402,18 @@ def test_targets_by_hand():
             values.append(th.min(*model.policy.critic_target(observations, actions)).mean())
     expected = replay_data.rewards + 0.99 * (1 - replay_data.dones) * th.stack(values).unsqueeze(1)
     th.testing.assert_close(targets, expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("cache_size", [1, 300, 10**9])
+def test_values_of_sampled_actions_are_the_critics(cache_size, monkeypatch):
+    """In pieces of one state, of a few with a remainder, and in one."""
+    monkeypatch.setattr(policies, "CACHE_SIZE", cache_size)
+    critic = make_filled(MPO).policy.critic
+    observations, actions = th.rand(BATCH, *VECTOR.shape), th.rand(BATCH, SAMPLES, 2)
+    with th.no_grad():
+        q_values = policies.sampled_q_values(critic, observations, actions)
+        expected = [th.cat(critic(observations, actions[:, i]), dim=1).T for i in range(SAMPLES)]
+    th.testing.assert_close(q_values, th.stack(expected, dim=2))
 
 
 def test_discrete_targets_are_exact_expectations():

@@ -25,6 +25,9 @@ from sb3_softq.losses import gaussian_sample
 # Added to a standard deviation, which would otherwise reach 0
 MIN_STD = 1e-4
 
+# Numbers of a hidden layer that stay in a processor's cache
+CACHE_SIZE = 2**17
+
 
 def softplus_inverse(value: float) -> float:
     """
@@ -238,7 +241,8 @@ class DiscreteCritic(BaseModel):
 
 def sampled_q_values(critic: ContinuousCritic, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
     """
-    Values of several actions in each state; the features of a state are computed once.
+    Values of several actions in each state; the features of a state are computed once, and without gradients a processor
+    takes as many states at a time as its cache holds.
 
     :param critic: SB3's critic
     :param obs: observations
@@ -246,8 +250,13 @@ def sampled_q_values(critic: ContinuousCritic, obs: PyTorchObs, actions: th.Tens
     :return: ``(n_critics, batch_size, n_samples)``
     """
     features = critic.extract_features(obs, critic.features_extractor)  # type: ignore[arg-type]
-    q_values = [shared_first_layer(list(q_network.children()), features, actions) for q_network in critic.q_networks]
-    return th.stack(q_values).squeeze(3)
+    networks = [list(q_network.children()) for q_network in critic.q_networks]
+    n_states = len(features)
+    if features.device.type == "cpu" and not th.is_grad_enabled():
+        n_units = len(next(critic.q_networks[0].parameters()))
+        n_states = max(CACHE_SIZE // (actions.shape[1] * n_units), 1)
+    pieces = list(zip(features.split(n_states), actions.split(n_states), strict=True))
+    return th.stack([th.cat([shared_first_layer(layers, *piece) for piece in pieces]) for layers in networks]).squeeze(3)
 
 
 def shared_first_layer(layers: list[nn.Module], features: th.Tensor, others: th.Tensor) -> th.Tensor:

@@ -124,7 +124,8 @@ def trust_region(trial: Trial) -> None:
     # The bounds, not the multipliers, which are learned from these
     trial.suggest_float("epsilon_mean", 1e-3, 0.3, log=True)
     trial.suggest_float("epsilon_covariance", 1e-5, 1e-2, log=True)
-    trial.suggest_categorical("target_update_interval", [25, 50, 100, 200, 400])
+    # 1 is for averages, whose coefficient is sampled as SAC's; the others for copies
+    trial.suggest_categorical("target_update_interval", [1, 25, 50, 100, 200, 400])
 
 
 def e_step(trial: Trial) -> None:
@@ -146,8 +147,7 @@ def convert_actor_critic_params(sampled_params: dict[str, Any]) -> dict[str, Any
     if "munchausen_bound" in hyperparams:
         bound = hyperparams.pop("munchausen_bound")
         hyperparams["munchausen_clip"] = (-bound, bound)
-    if "target_update_interval" in hyperparams:
-        # Searched over, for full copies
+    if hyperparams.get("target_update_interval", 1) > 1:
         hyperparams["tau"] = 1.0
     return hyperparams
 
