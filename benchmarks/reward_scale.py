@@ -2,7 +2,7 @@
 The claim of Abdolmaleki et al. 2018 (arXiv:1812.02256) on the scale of rewards: RERPI with both of its kinds of weights, and
 SB3's SAC with a learned and with a fixed entropy coefficient, on Pendulum-v1 with rewards times 0.0001, 0.01, 1 and 100.
 
-All have networks of one size, batches of one size and one learning rate. Every run is a row of
+All have networks of one size, batches of one size and one learning rate; RERPI has its settings for Pendulum. Every run is a row of
 ``results/reward_scale.jsonl``; runs that are there are not repeated. A run takes one or two minutes.
 
     python benchmarks/reward_scale.py run --seeds 2
@@ -27,9 +27,10 @@ RESULTS = Path(__file__).parent / "results" / "reward_scale.jsonl"
 DOCS = Path(__file__).parent.parent / "docs"
 SCALES = [0.0001, 0.01, 1.0, 100.0]
 SMALL: dict[str, Any] = dict(batch_size=128, policy_kwargs=dict(net_arch=[64, 64]))
+AVERAGED: dict[str, Any] = dict(SMALL, tau=0.01, target_update_interval=1)
 ALGORITHMS: dict[str, tuple[type, dict[str, Any]]] = {
-    "rerpi": (RERPI, SMALL),
-    "rerpi exponential": (RERPI, {**SMALL, "weighting": "exponential"}),
+    "rerpi": (RERPI, AVERAGED),
+    "rerpi exponential": (RERPI, {**AVERAGED, "weighting": "exponential"}),
     "sac": (SAC, SMALL),
     "sac ent_coef=0.2": (SAC, {**SMALL, "ent_coef": 0.2}),
 }
