@@ -2,8 +2,9 @@
 The claim of Abdolmaleki et al. 2018 (arXiv:1812.02256) on the scale of rewards: RERPI with both of its kinds of weights, and
 SB3's SAC with a learned and with a fixed entropy coefficient, on Pendulum-v1 with rewards times 0.0001, 0.01, 1 and 100.
 
-All have networks of one size, batches of one size and one learning rate; RERPI has its settings for Pendulum. Every run is a row of
-``results/reward_scale.jsonl``; runs that are there are not repeated. A run takes one or two minutes.
+All have networks of one size, batches of one size and one learning rate, and RERPI averaged targets, as its settings for
+Pendulum. Every run is a row of ``results/reward_scale.jsonl``; runs that are there are not repeated. A run takes one or two
+minutes.
 
     python benchmarks/reward_scale.py run --seeds 2
     python benchmarks/reward_scale.py report    # writes docs/_static/reward_scale.png and docs/_shared/reward_scale.md
