@@ -90,15 +90,15 @@ def report() -> None:
             curves = np.array([row["curve"] for row in rows if (row["algo"], row["scale"]) == (name, scale)])
             if len(curves):
                 steps = np.arange(1, N_POINTS + 1) * N_STEPS // N_POINTS
-                axis.plot(steps, curves.mean(axis=0), color=f"C{i}", label=f"rewards x {scale:g} ({len(curves)} seeds)")
+                axis.plot(steps, curves.mean(axis=0), color=f"C{i}", label=f"rewards x {scale:g}")
                 axis.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=f"C{i}", alpha=0.15)
                 last = curves[:, -1]
                 each = ", ".join(f"{value:.0f}" for value in last)
                 table.append(f"| {name} | x {scale:g} | {len(curves)} | {last.mean():.0f} ({each}) |")
         axis.set(title=name, xlabel="environment steps")
-        axis.legend(fontsize=7)
     axes[0, 0].set_ylabel("return, unscaled")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(SCALES), frameon=False)
     figure.savefig(DOCS / "_static" / "reward_scale.png", dpi=110)
     (DOCS / "_shared" / "reward_scale.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
