@@ -25,7 +25,7 @@ from sb3_softq.losses import gaussian_sample
 # Added to a standard deviation, which would otherwise reach 0
 MIN_STD = 1e-4
 
-# Numbers of a hidden layer that stay in a processor's cache
+# Numbers of a hidden layer that stay in the cache of a processor's core
 CACHE_SIZE = 2**17
 
 
@@ -242,7 +242,7 @@ class DiscreteCritic(BaseModel):
 def sampled_q_values(critic: ContinuousCritic, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
     """
     Values of several actions in each state; the features of a state are computed once, and without gradients a processor
-    takes as many states at a time as its cache holds.
+    takes as many states at a time as the caches of its cores hold.
 
     :param critic: SB3's critic
     :param obs: observations
@@ -254,7 +254,7 @@ def sampled_q_values(critic: ContinuousCritic, obs: PyTorchObs, actions: th.Tens
     n_states = len(features)
     if features.device.type == "cpu" and not th.is_grad_enabled():
         n_units = len(next(critic.q_networks[0].parameters()))
-        n_states = max(CACHE_SIZE // (actions.shape[1] * n_units), 1)
+        n_states = max(CACHE_SIZE * th.get_num_threads() // (actions.shape[1] * n_units), 1)
     pieces = list(zip(features.split(n_states), actions.split(n_states), strict=True))
     return th.stack([th.cat([shared_first_layer(layers, *piece) for piece in pieces]) for layers in networks]).squeeze(3)
 
