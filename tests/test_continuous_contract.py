@@ -420,7 +420,7 @@ def test_multipliers_have_moved_and_come_back(tmp_path):
         model = make_model(algorithm, BoxEnv(), per_dimension_kl=True).learn(60)
         fresh, loaded = make_model(algorithm, BoxEnv(), per_dimension_kl=True), save_and_load(model, tmp_path)
         names = {"alpha_mean", "alpha_covariance", "temperature_penalty"} | ({"temperature"} if algorithm is MPO else set())
-        assert set(model.multipliers.logs) == names
+        assert set(model.multipliers.raw) == names
         for name in names:
             assert not th.equal(model.multipliers[name], fresh.multipliers[name]), name
             assert th.equal(model.multipliers[name], loaded.multipliers[name]), name

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from sb3_softq import MPO, RERPI, DivergenceError, losses
 from sb3_softq.actor_critic import policies
-from sb3_softq.actor_critic.mpo import PolicyEvaluation
+from sb3_softq.actor_critic.mpo import Multipliers, PolicyEvaluation
 
 BATCH, SAMPLES, DIM = 5, 7, 3
 
@@ -507,6 +507,25 @@ def test_a_multiplier_grows_while_its_constraint_is_broken():
     model.train(5, batch_size=16)
     assert float(model.multipliers["alpha_mean"].detach()) > before["alpha_mean"]
     assert float(model.multipliers["alpha_covariance"].detach()) < before["alpha_covariance"]
+
+
+def test_multipliers_start_where_they_should():
+    initial = {"temperature": (1e6, 1), "alpha_mean": (1e-3, 2), "alpha_covariance": (1000.0, 1)}
+    multipliers = Multipliers(initial, 0.01)
+    for name, (value, size) in initial.items():
+        th.testing.assert_close(multipliers[name], th.full((size,), value), rtol=1e-4, atol=0)
+
+
+def test_a_constraint_that_cannot_hold_does_not_drown_the_rest():
+    """Adam's noise alone can move a policy by more than its bound: its multiplier rises by steps, a temperature by factors."""
+    multipliers = Multipliers({"temperature": (1.0, 1), "alpha_mean": (1.0, 1)}, 0.01)
+    for _ in range(1000):
+        multipliers.optimizer.zero_grad()
+        (-multipliers["temperature"] - multipliers["alpha_mean"]).sum().backward()
+        multipliers.optimizer.step()
+        multipliers.clamp()
+    assert float(multipliers["alpha_mean"].detach()) == pytest.approx(11, rel=0.05)
+    assert float(multipliers["temperature"].detach()) > math.exp(10)
 
 
 def test_an_update_that_breaks_off_changes_nothing():

@@ -19,32 +19,43 @@ from sb3_softq.actor_critic.base import ActorCriticAlgorithm
 from sb3_softq.actor_critic.policies import CnnMPOPolicy, MPOPolicy, MultiInputMPOPolicy, sampled_q_values
 from sb3_softq.checks import check_bool, check_integer, check_number
 
-# Logs of the multipliers stay between these
-LOG_MULTIPLIER_RANGE = (-18.0, 18.0)
+# What is learned of a multiplier stays between these
+TEMPERATURE_LOG_RANGE, ALPHA_RAW_MIN = (-18.0, 18.0), -18.0
 
 
 class Multipliers(nn.Module):
     """
-    Lagrange multipliers, positive because it is their logs that are learned, with their optimiser.
+    Lagrange multipliers, positive, with their optimiser.
 
-    :param initial: name -> (initial value, number of multipliers)
-    :param learning_rate: step size of their logs
+    Of a temperature the log is learned: it moves by a factor, whatever the scale of the rewards. The others, which weigh
+    the policy's KL divergences, are the softplus of what is learned: where noise alone moves the policy by more than its
+    bound, they rise by a constant step instead of without measure.
+
+    :param initial: name -> (initial value, number of multipliers); the names of temperatures begin with "temperature"
+    :param learning_rate: step size of what is learned
     """
 
     def __init__(self, initial: dict[str, tuple[float, int]], learning_rate: float) -> None:
         super().__init__()
-        logs = {name: nn.Parameter(th.full((size,), math.log(value))) for name, (value, size) in initial.items()}
-        self.logs = nn.ParameterDict(logs)
+        self.raw = nn.ParameterDict()
+        for name, (value, size) in initial.items():
+            # The inverse of softplus is log(exp(x) - 1), in a form that does not overflow
+            raw = math.log(value) if self._is_temperature(name) else value + math.log(-math.expm1(-value))
+            self.raw[name] = nn.Parameter(th.full((size,), raw))
         self.optimizer = th.optim.Adam(self.parameters(), lr=learning_rate)
 
+    @staticmethod
+    def _is_temperature(name: str) -> bool:
+        return name.startswith("temperature")
+
     def __getitem__(self, name: str) -> th.Tensor:
-        return self.logs[name].exp()
+        return self.raw[name].exp() if self._is_temperature(name) else F.softplus(self.raw[name])
 
     def clamp(self) -> None:
-        """Keep the logs within :data:`LOG_MULTIPLIER_RANGE`."""
+        """Keep what is learned within the range of floating-point numbers."""
         with th.no_grad():
-            for log in self.logs.values():
-                log.clamp_(*LOG_MULTIPLIER_RANGE)
+            for name, raw in self.raw.items():
+                raw.clamp_(*(TEMPERATURE_LOG_RANGE if self._is_temperature(name) else (ALPHA_RAW_MIN, None)))
 
 
 class PolicyEvaluation(NamedTuple):
@@ -92,7 +103,7 @@ class MPO(ActorCriticAlgorithm):
     :param action_penalty: whether samples outside of the range of the actions, where they are clipped, lose weight
     :param init_temperature: where the temperatures start, in the unit of the values
     :param init_alpha: where the multipliers of the policy's KL divergences start
-    :param dual_learning_rate: step size of the logs of temperatures and multipliers
+    :param dual_learning_rate: step size of the logs of temperatures, and of the multipliers (of their inverse softplus)
     :param retrace: whether returns over ``n_steps`` are corrected (Munos et al. 2016, arXiv:1606.02647), for which the
         log-probabilities of actions are stored
     :param target_update_interval: updates between two copies of the networks to their targets
