@@ -590,6 +590,12 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         """
         return (self.layout.rows(self.q_net_target(observations)),)
 
+    def _pair_estimates(self, replay_data: Any) -> tuple[tuple[th.Tensor, ...], tuple[th.Tensor, ...]]:
+        """:meth:`_estimates` of the states and of the next ones, in one pass through the networks."""
+        both = self._estimates(concatenate(replay_data.observations, replay_data.next_observations))
+        estimates, next_estimates = zip(*(tensor.chunk(2) for tensor in both), strict=True)
+        return estimates, next_estimates
+
     def _online_estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
         """:meth:`_estimates` of the online networks, for :meth:`soft_value`."""
         return (self.layout.rows(self.policy.q_values(observations)),)
@@ -651,9 +657,7 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         if not self._has_bonus:
             next_values = self._joint(self._value(self._estimates(replay_data.next_observations), next_mask))
             return self._bellman_target(replay_data, next_values), {}
-        # One pass through the networks for s and s'
-        both = self._estimates(concatenate(replay_data.observations, replay_data.next_observations))
-        estimates, next_estimates = zip(*(tensor.chunk(2) for tensor in both), strict=True)
+        estimates, next_estimates = self._pair_estimates(replay_data)
         next_values = self._joint(self._value(next_estimates, next_mask))
         actions = self.layout.action_rows(replay_data.actions)
         bonus, metrics = self._bonus(estimates, actions, self._mask_rows(replay_data))

@@ -164,6 +164,11 @@ class MunchausenIQN(GapIncreasingAlgorithm):
         # The policy's action values, and other quantiles for the return
         return quantiles[:, :n_policy].mean(dim=1), quantiles[:, n_policy:]
 
+    def _pair_estimates(self, replay_data: Any) -> tuple[tuple[th.Tensor, ...], tuple[th.Tensor, ...]]:
+        # The bonus asks for the policy in s alone, which needs no quantiles of the return
+        quantiles = self._quantile_rows(self.q_net_target(replay_data.observations, self._fractions[0]))
+        return (quantiles.mean(dim=1),), self._estimates(replay_data.next_observations)
+
     def _online_estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
         quantiles = self._quantile_rows(self.q_net(observations, self.policy.acting_fractions(observations)))
         return quantiles.mean(dim=1), quantiles
