@@ -19,8 +19,8 @@ from sb3_softq.actor_critic.base import ActorCriticAlgorithm
 from sb3_softq.actor_critic.policies import CnnMPOPolicy, MPOPolicy, MultiInputMPOPolicy, sampled_q_values
 from sb3_softq.checks import check_bool, check_integer, check_number
 
-# What is learned of a multiplier stays between these
-TEMPERATURE_LOG_RANGE, ALPHA_RAW_MIN = (-18.0, 18.0), -18.0
+# What is learned of a multiplier stays above the first of these, and the log of a temperature below the second
+RAW_MIN, TEMPERATURE_LOG_MAX = -18.0, 18.0
 
 
 class Multipliers(nn.Module):
@@ -55,7 +55,7 @@ class Multipliers(nn.Module):
         """Keep what is learned within the range of floating-point numbers."""
         with th.no_grad():
             for name, raw in self.raw.items():
-                raw.clamp_(*(TEMPERATURE_LOG_RANGE if self._is_temperature(name) else (ALPHA_RAW_MIN, None)))
+                raw.clamp_(RAW_MIN, TEMPERATURE_LOG_MAX if self._is_temperature(name) else None)
 
 
 class PolicyEvaluation(NamedTuple):
