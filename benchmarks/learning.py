@@ -24,7 +24,11 @@ import yaml
 from rows import append_row, read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
-DOCS = Path(__file__).parent.parent / "docs"
+README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
+
+# Algorithms of SB3 and sb3-contrib
+REFERENCES = ["dqn", "qrdqn", "sac"]
 
 # Environment -> number of steps (those of the zoo's DQN settings)
 SUITES: dict[str, dict[str, Any]] = {
@@ -242,7 +246,42 @@ def interquartile_mean(scores: list[float]) -> tuple[float, float, float]:
 
 
 def report(name: str) -> None:
-    """Write the table and the learning curves of the documentation."""
+    """Write the tables and the learning curves of the documentation, and of the classic environments the README's table."""
+    suite = SUITES[name]
+    cells: dict[tuple[str, str], str] = {}  # final returns
+    table = ["| environment, steps | algorithm | seeds | final return | return over the whole run |", "|---|---|---|---|---|"]
+    for env_id, n_timesteps in suite["envs"].items():
+        for algo in suite["algos"]:
+            runs = runs_of(algo, env_id, n_timesteps)
+            if not runs:
+                continue
+            whole = [sum(mean for _, mean in row["curve"]) / len(row["curve"]) for row in runs]
+            texts = [
+                f"{iqm:.1f} [{low:.1f}, {high:.1f}]"
+                for iqm, low, high in (interquartile_mean([row["final_mean"] for row in runs]), interquartile_mean(whole))
+            ]
+            table.append(f"| {env_id}, {n_timesteps:,} | {algo} | {len(runs)} | {texts[0]} | {texts[1]} |")
+            seeds = "" if len(runs) == suite["seeds"] else f" ({len(runs)} {'seed' if len(runs) == 1 else 'seeds'})"
+            cells[algo, env_id] = texts[0] + seeds
+    summary = ["| | " + " | ".join(suite["envs"]) + " |", "|---" * (len(suite["envs"]) + 1) + "|"]
+    for algo in suite["algos"]:
+        summary.append(f"| `{algo}` | " + " | ".join(cells.get((algo, env_id), "") for env_id in suite["envs"]) + " |")
+    (DOCS / "_shared" / f"learning_{name}.md").write_text("\n".join(table) + "\n")
+    print("\n".join([*table, "", *summary]))
+    if name == "classic":
+        before, start, rest = README.read_text().partition("<!-- learning_classic -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        README.write_text(before + start + "\n".join(summary) + "\n" + end + after)
+    plot_curves(name)
+
+
+def runs_of(algo: str, env_id: str, n_timesteps: int) -> list[dict[str, Any]]:
+    """The recorded runs of an algorithm."""
+    return [row for row in read_rows(RESULTS) if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps)]
+
+
+def plot_curves(name: str) -> None:
+    """Learning curves of a suite: interquartile means over the seeds, with their intervals where few algorithms are shown."""
     import matplotlib
     import numpy as np
 
@@ -250,33 +289,33 @@ def report(name: str) -> None:
     from matplotlib import pyplot as plt
 
     suite = SUITES[name]
-    rows = read_rows(RESULTS)
-    figure, all_axes = plt.subplots(1, len(suite["envs"]), figsize=(4.2 * len(suite["envs"]), 3.4), squeeze=False)
-    colors = plt.get_cmap("tab20")(np.linspace(0, 1, 20)).tolist()
-    colors = [*colors[::2], *colors[1::2]]
-    table = ["| environment, steps | algorithm | seeds | final return | return over the whole run |", "|---|---|---|---|---|"]
-    for axes, (env_id, n_timesteps) in zip(all_axes[0], suite["envs"].items(), strict=True):
+    crowded = len(suite["algos"]) > 6
+    n_columns = 2 if crowded else len(suite["envs"])
+    shape = (-(-len(suite["envs"]) // n_columns), n_columns)
+    size = (6.5, 4.2) if crowded else (4.2, 3.4)
+    figure, all_axes = plt.subplots(*shape, figsize=(size[0] * shape[1], size[1] * shape[0]), squeeze=False)
+    for axes, (env_id, n_timesteps) in zip(all_axes.flat, suite["envs"].items(), strict=False):
         for i, algo in enumerate(suite["algos"]):
-            runs = [row for row in rows if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps)]
+            runs = runs_of(algo, env_id, n_timesteps)
             if not runs:
                 continue
             curves = np.array([[mean for _, mean in row["curve"]] for row in runs])
             steps = [step for step, _ in runs[0]["curve"]]
-            cells = [interquartile_mean(scores) for scores in ([row["final_mean"] for row in runs], curves.mean(axis=1))]
-            texts = [f"{iqm:.1f} [{low:.1f}, {high:.1f}]" for iqm, low, high in cells]
-            table.append(f"| {env_id}, {n_timesteps:,} | {algo} | {len(runs)} | {texts[0]} | {texts[1]} |")
             middle = np.array([interquartile_mean(point) for point in curves.T])
-            axes.plot(steps, middle[:, 0], color=colors[i], label=algo)
-            axes.fill_between(steps, middle[:, 1], middle[:, 2], color=colors[i], alpha=0.15)
+            reference = algo in REFERENCES
+            color = ("black", "dimgray")[REFERENCES.index(algo) % 2] if reference else f"C{i % 10}"
+            style = "--" if reference else "-"
+            axes.plot(steps, middle[:, 0], style, color=color, label=algo, linewidth=2 if reference else 1.5)
+            if not crowded:
+                axes.fill_between(steps, middle[:, 1], middle[:, 2], color=color, alpha=0.15)
         axes.set_title(env_id)
         axes.set_xlabel("environment steps")
         axes.locator_params(axis="x", nbins=5)
-    all_axes[0, 0].set_ylabel(f"return ({N_CURVE_EPISODES} deterministic episodes)")
-    all_axes[0, 0].legend()
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel(f"return ({N_CURVE_EPISODES} deterministic episodes)")
+    all_axes[0, 0].legend(ncols=2 if crowded else 1, fontsize="small")
     figure.tight_layout()
     figure.savefig(DOCS / "_static" / f"learning_{name}.png", dpi=110)
-    (DOCS / "_shared" / f"learning_{name}.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
     print(f"\nWritten: {DOCS}/_shared/learning_{name}.md, {DOCS}/_static/learning_{name}.png")
 
 
