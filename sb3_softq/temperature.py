@@ -66,23 +66,24 @@ def entropy_fraction(target_entropy: float | str) -> float | None:
     return fraction
 
 
-def temperature_schedule(temperature: float | str | Schedule) -> Schedule:
+def temperature_schedule(temperature: float | str | Schedule, name: str = "temperature") -> Schedule:
     """
     Schedule of a temperature that is not learned.
 
     :param temperature: a number, ``"lin_0.1"`` (falls linearly to 0 over the training, as rl-zoo3 writes schedules), or a
         callable of the remaining progress, which falls from 1 to 0
+    :param name: how the user calls the argument
     :return: a function of the remaining progress
     """
     if isinstance(temperature, str):
         if not temperature.startswith("lin_"):
-            raise ValueError(f"temperature must be a number, a callable or a schedule like 'lin_0.1', not {temperature!r}")
-        initial_value = _number_after("temperature", temperature, "lin_", "lin_0.1")
-        check_number("the initial value in temperature", initial_value, positive=True)
+            raise ValueError(f"{name} must be a number, a callable or a schedule like 'lin_0.1', not {temperature!r}")
+        initial_value = _number_after(name, temperature, "lin_", "lin_0.1")
+        check_number(f"the initial value in {name}", initial_value, positive=True)
         return LinearSchedule(initial_value, 0.0, 1.0)
     if callable(temperature):
         return temperature
-    check_number("temperature", temperature, 0.0)
+    check_number(name, temperature, 0.0)
     return ConstantSchedule(float(temperature))
 
 
@@ -100,6 +101,7 @@ class Temperature(nn.Module):
     :param n_actions: number of actions, or of those of each head
     :param learning_rate: step size of a learned temperature
     :param learnable: whether the algorithm can learn its temperature
+    :param name: how the user calls the temperature
     :raises TypeError: for an argument of the wrong type
     :raises ValueError: for an argument that is out of range, or an unknown string
     """
@@ -111,6 +113,7 @@ class Temperature(nn.Module):
         n_actions: int | list[int] = 2,
         learning_rate: float = 1e-4,
         learnable: bool = True,
+        name: str = "temperature",
     ) -> None:
         super().__init__()
         self.learned = isinstance(temperature, str) and temperature.startswith("auto")
@@ -118,19 +121,19 @@ class Temperature(nn.Module):
         self.constant = not isinstance(temperature, str) and not callable(temperature)
         self._replacement: th.Tensor | None = None
         if not self.learned:
-            self.schedule = temperature_schedule(temperature)
+            self.schedule = temperature_schedule(temperature, name)
             self.update(1.0)
             return
         assert isinstance(temperature, str)  # for mypy
         if not learnable:
             raise ValueError(
-                f"temperature={temperature!r} cannot be learned by this algorithm: pass a number, a callable or a schedule "
+                f"{name}={temperature!r} cannot be learned by this algorithm: pass a number, a callable or a schedule "
                 "like 'lin_0.1' (SQN learns its temperature)"
             )
         initial_value = 1.0
         if temperature != "auto":
-            initial_value = _number_after("temperature", temperature, "auto_", "auto_0.1")
-            check_number("the initial value in temperature", initial_value, positive=True)
+            initial_value = _number_after(name, temperature, "auto_", "auto_0.1")
+            check_number(f"the initial value in {name}", initial_value, positive=True)
         self.target_entropy = entropy_target(target_entropy, n_actions)
         self.target_fraction = entropy_fraction(target_entropy)
         self.log_temperature = nn.Parameter(th.tensor(math.log(initial_value)))

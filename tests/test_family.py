@@ -1,14 +1,17 @@
 """Identities and fixed points of the rest of the discrete family: DPP, CVI, MoDQN, MD-DQN, MIQN, SACDiscrete."""
 
+import functools
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch as th
-from helpers import assert_same, make_model
+from gymnasium import spaces
+from helpers import Float64Extractor, MaskedEnv, RecordedEnv, assert_same, fill_buffer, make_model
 from stable_baselines3 import DQN
 from test_fixed_points import GAMMA, MDPS, N_STATES, MDPEnv, WholeBuffer, assert_solved, fill, gaps, make_linear
-from test_identities import ROUNDING, copy_networks, make, sample, targets
+from test_identities import ROUNDING, copy_networks, make, sample, targets, train_alike
 
 from sb3_softq import (
     CVI,
@@ -97,16 +100,98 @@ class TestIdentities:
             assert_same(acting, (q_values + own_gaps).detach(), **ROUNDING)
 
     def test_momentum_dqn_with_equal_networks_is_dqn(self):
-        dqn, model = make(DQN), make(MomentumDQN)
-        for network in model.q_net_target.networks:
-            network.load_state_dict(dqn.q_net_target.state_dict())
-        replay_data = sample(dqn)
-        recorded = []
-        dqn.train(gradient_steps=0)
+        # Without momentum the average of the targets learns what Q learns, so that both stay the same network
+        kwargs = dict(max_grad_norm=math.inf, learning_rate=0.01)
+        dqn, model = make(DQN, **kwargs), make(MomentumDQN, momentum=0.0, averaged="targets", **kwargs)
+        for ours, theirs in ((model.q_net, dqn.q_net), (model.q_net_target, dqn.q_net_target)):
+            for network in ours.networks:
+                network.load_state_dict(theirs.state_dict())
+        before = deepcopy(dqn.q_net.state_dict())
+        train_alike(dqn, model)
+        for network in model.q_net.networks:
+            assert_same(network.state_dict(), dqn.q_net.state_dict(), **ROUNDING)
+        assert max((before[name] - value).abs().max() for name, value in dqn.q_net.state_dict().items()) > 1e-3
+
+    def test_momentum_dqn_values_the_best_action_of_the_average_by_q(self):
+        model = make(MomentumDQN)
+        replay_data = sample(model)
         with th.no_grad():
-            next_q_values = dqn.q_net_target(replay_data.next_observations).amax(1, keepdim=True)
-        recorded = replay_data.rewards + GAMMA_OF_IDENTITIES * (1 - replay_data.dones) * next_q_values
-        assert_same(targets(model, replay_data), recorded, **ROUNDING)
+            q_values, averages = model.q_net_target(replay_data.next_observations)
+        best = averages.argmax(1, keepdim=True)
+        assert (best != q_values.argmax(1, keepdim=True)).any()
+        next_values = GAMMA_OF_IDENTITIES * (1 - replay_data.dones) * q_values.gather(1, best)
+        assert_same(targets(model, replay_data), replay_data.rewards + next_values, **ROUNDING)
+
+    @pytest.mark.parametrize("greedy_step", ["direct", "indirect", "dual_averaging"])
+    def test_mirror_descent_targets_and_losses_by_hand(self, greedy_step):
+        kl_coef, ent_coef = 0.2, 0.1
+        model = make(MirrorDescentDQN, kl_coef=kl_coef, ent_coef=ent_coef, greedy_step=greedy_step)
+        replay_data = sample(model)
+        scale = ent_coef if greedy_step == "dual_averaging" else 1.0
+        with th.no_grad():
+            (q_values, logits), (old_q_values, old_logits), (_, next_logits), (next_q_values, next_old_logits) = (
+                network(observations)
+                for observations in (replay_data.observations, replay_data.next_observations)
+                for network in (model.q_net, model.q_net_target)
+            )
+        # <pi, q> - kl_coef * KL(pi || previous pi) + ent_coef * H(pi), pi the online network's, the rest the target's
+        log_policy, log_previous = (th.log_softmax(values / scale, 1) for values in (next_logits, next_old_logits))
+        inside = next_q_values - kl_coef * (log_policy - log_previous) - ent_coef * log_policy
+        value = (log_policy.exp() * inside).sum(1, keepdim=True)
+        wanted = replay_data.rewards + GAMMA_OF_IDENTITIES * (1 - replay_data.dones) * value
+        assert_same(targets(model, replay_data), wanted, **ROUNDING)
+        losses, acting = model._compute_loss(replay_data, wanted)
+        huber = functools.partial(th.nn.functional.smooth_l1_loss, reduction="none")
+        taken = [values.gather(1, replay_data.actions) for values in (q_values, logits, old_logits)]
+        expected = huber(taken[0], wanted)
+        log_policy, log_previous = (th.log_softmax(values / scale, 1) for values in (logits, old_logits))
+        if greedy_step == "direct":
+            inside = old_q_values - kl_coef * (log_policy - log_previous) - ent_coef * log_policy
+            expected = expected - (log_policy.exp() * inside).sum(1, keepdim=True)
+        elif greedy_step == "indirect":
+            best = th.softmax(2 / 3 * log_previous + old_q_values / 0.3, 1)
+            expected = expected - (best * log_policy).sum(1, keepdim=True)
+        else:
+            expected = expected + huber(taken[1], 2 / 3 * taken[2] + 1 / 3 * taken[0])
+        assert_same(losses.detach(), expected, **ROUNDING)
+        assert_same(acting, logits)
+
+    def test_dual_averaging_without_regularisation_is_momentum_dqn(self):
+        momentum = make(MomentumDQN, momentum=0.75)
+        kwargs = dict(kl_coef=0.75e-9, ent_coef=0.25e-9, regularised_evaluation=False)
+        mirror = twin(momentum, MirrorDescentDQN, greedy_step="dual_averaging", **kwargs)
+        for model in (momentum, mirror):  # one acts on the new average, the other on the previous one
+            model.q_net.networks[1].load_state_dict(model.q_net_target.networks[1].state_dict())
+        replay_data = momentum._extend(sample(momentum))
+        wanted = targets(momentum, replay_data)
+        assert_same(targets(mirror, replay_data), wanted, **ROUNDING)
+        losses = [model._compute_loss(replay_data, wanted)[0] for model in (momentum, mirror)]
+        assert_same(*losses, **ROUNDING)
+
+    def test_cvi_without_gap_and_temperature_is_dqn(self):
+        cvi = make(CVI, temperature=0.0, munchausen_alpha=0.0)
+        replay_data = sample(cvi)
+        with th.no_grad():
+            next_values = cvi.q_net_target(replay_data.next_observations).amax(dim=1, keepdim=True)
+        expected = replay_data.rewards + GAMMA_OF_IDENTITIES * (1 - replay_data.dones) * next_values
+        assert_same(targets(cvi, replay_data), expected, **ROUNDING)
+
+    def test_cvi_of_full_weight_is_dpp_l_but_for_a_constant(self):
+        dpp = make(DPP, temperature=T, operator="logsumexp")
+        cvi = twin(dpp, CVI, temperature=T)
+        cvi.munchausen_alpha = 1.0  # which the constructor refuses, since it drifts
+        replay_data = sample(dpp)
+        discounts = GAMMA_OF_IDENTITIES * (1 - replay_data.dones)  # in the float32 of the buffer
+        shift = (1 - discounts.double()) * (T * math.log(3))
+        assert_same(targets(cvi, replay_data), targets(dpp, replay_data) + shift, **ROUNDING)
+
+    def test_munchausen_without_clip_is_cvi_with_the_log_sum_exp(self):
+        class SoftCVI(CVI):
+            _operator = staticmethod(operators.soft_value)
+
+        munchausen = make(MunchausenDQN, temperature=T, munchausen_alpha=0.7, munchausen_clip=-math.inf)
+        cvi = twin(munchausen, SoftCVI, temperature=T, munchausen_alpha=0.7)
+        assert_same(targets(cvi, sample(cvi)), targets(munchausen, sample(cvi)), **ROUNDING)
 
     @pytest.mark.parametrize("averaged", ["q_values", "targets"])
     @pytest.mark.parametrize("momentum", [0.0, 0.8, 1.0])
@@ -130,7 +215,7 @@ class TestIdentities:
         values = np.random.default_rng(0).normal(size=20)
         mean = 0.0
         for k, value in enumerate(values):
-            model._n_calls = k
+            model._n_iterations = k
             weight = model._current_momentum()
             mean = weight * mean + (1 - weight) * value
             assert mean == pytest.approx(values[: k + 1].mean(), abs=1e-12)
@@ -177,6 +262,37 @@ class TestIdentities:
         assert logits.grad.abs().max() < 1e-12
         sqn = make(SQN, temperature=T)
         assert_same(sqn._value((q_values,), None), value.detach(), **ROUNDING)
+
+    def test_discrete_sac_takes_the_online_actor_and_the_smaller_target_critic(self):
+        model = make(SACDiscrete, ent_coef=T)
+        replay_data = sample(model)
+        with th.no_grad():
+            first, second, _ = model.q_net_target(replay_data.next_observations)
+            log_policy = th.log_softmax(model.q_net(replay_data.next_observations)[2], 1)
+        next_values = (log_policy.exp() * (th.minimum(first, second) - T * log_policy)).sum(1, keepdim=True)
+        expected = replay_data.rewards + GAMMA_OF_IDENTITIES * (1 - replay_data.dones) * next_values
+        assert_same(targets(model, replay_data), expected, **ROUNDING)
+        # The target of SQN, where the actor is the softmax of these critics
+        sqn = make(SQN, temperature=T)
+        for ours, theirs in zip(model.q_net_target.networks, sqn.q_net_target.networks, strict=False):
+            theirs.load_state_dict(ours.state_dict())
+        model.q_net.networks[-1].forward = lambda observations: model.q_net_target(observations)[:2].amin(0) / T
+        assert_same(targets(model, replay_data), targets(sqn, replay_data), **ROUNDING)
+
+    @pytest.mark.parametrize("factorisation", ["sum", "independent"])
+    def test_the_entropy_penalty_of_several_heads(self, factorisation):
+        env = RecordedEnv(spaces.MultiDiscrete([2, 3]))
+        kwargs = dict(policy_kwargs=dict(net_arch=[16], features_extractor_class=Float64Extractor), ent_coef=T)
+        models = [make_model(SACDiscrete, env, entropy_penalty=p, factorisation=factorisation, **kwargs) for p in (0.0, 0.5)]
+        fill_buffer(models[1], 100)
+        replay_data = models[1]._sample(40)
+        wanted = th.randn(80 if factorisation == "independent" else 40, 1)
+        without, with_penalty = (model._compute_loss(replay_data, wanted)[0] for model in models)
+        logits = models[1].q_net(replay_data.observations)[2]
+        heads = (th.distributions.Categorical(logits=logits[:, columns]) for columns in ([0, 1], [3, 4, 5]))
+        difference = replay_data.extras["entropies"] - th.stack([head.entropy() for head in heads], 1)
+        penalty = difference.sum(1, keepdim=True) ** 2 if factorisation == "sum" else difference.reshape(-1, 1) ** 2
+        assert_same((with_penalty - without).detach(), 0.5 * penalty.detach(), **ROUNDING)
 
     def test_discrete_sac_losses_by_hand(self):
         model = make(SACDiscrete, ent_coef=T, average_q=True, q_clip=0.2, entropy_penalty=0.5)
@@ -239,8 +355,22 @@ class TestIdentities:
         replay_data = iqn._extend(sample(iqn))
         assert_same(targets(iqn, replay_data), targets(dqn, replay_data).expand(-1, 64), **ROUNDING)
 
-    def test_quantile_targets_by_hand(self):
-        model = make(MunchausenIQN, temperature=T, munchausen_alpha=0.7, n_target_quantiles=5, n_policy_quantiles=4)
+    def test_the_embedding_is_that_of_the_cosines(self):
+        model = make(MunchausenIQN, policy_kwargs=dict(n_cosines=5))
+        assert (model.n_quantiles, model.n_target_quantiles, model.n_policy_quantiles) == (64, 64, 32)
+        network, obs = model.q_net, th.rand(2, 4)
+        fractions = th.tensor([[0.1, 0.7, 1.0], [0.0, 0.3, 0.5]])
+        with th.no_grad():
+            quantiles = network(obs, fractions)
+            features = th.relu(network.trunk[0](obs))
+            for row, column in np.ndindex(2, 3):
+                cosines = th.tensor([math.cos(math.pi * i * fractions[row, column]) for i in range(5)])
+                expected = network.head[0](features[row] * th.relu(network.embedding[0](cosines)))
+                assert_same(quantiles[row, column], expected, rtol=0, atol=1e-6)  # the frequencies are in float32
+
+    @pytest.mark.parametrize("alpha", [0.7, 0.0])
+    def test_quantile_targets_by_hand(self, alpha):
+        model = make(MunchausenIQN, temperature=T, munchausen_alpha=alpha, n_target_quantiles=5, n_policy_quantiles=4)
         replay_data = model._extend(sample(model))
         policy_fractions, target_fractions = (replay_data.extras[f"{name}_fractions"] for name in ("policy", "target"))
         with th.no_grad():
@@ -250,7 +380,7 @@ class TestIdentities:
         log_policy = th.log_softmax(next_q_values / T, 1)
         next_values = (log_policy.exp().unsqueeze(1) * (quantiles - T * log_policy.unsqueeze(1))).sum(2)
         bonus = (T * th.log_softmax(q_values / T, 1)).gather(1, replay_data.actions).clamp(min=-1.0)
-        expected = replay_data.rewards + 0.7 * bonus + GAMMA_OF_IDENTITIES * (1 - replay_data.dones) * next_values
+        expected = replay_data.rewards + alpha * bonus + GAMMA_OF_IDENTITIES * (1 - replay_data.dones) * next_values
         assert_same(targets(model, replay_data), expected, **ROUNDING)
         # Fresh fractions for each sample and each draw
         assert policy_fractions.unique().numel() == policy_fractions.numel()
@@ -277,6 +407,41 @@ def sample_with_entropies(model):
     return sample(model)._replace(extras={"entropies": entropies})
 
 
+def test_the_decaying_rate_counts_what_was_learned():
+    model = make_model(
+        MomentumDQN,
+        momentum="inverse_time",
+        learning_starts=50,
+        train_freq=10,
+        target_update_interval=5,
+        learning_rate=0.1,
+    )
+    momenta, inputs = [], model._inputs
+    model._inputs = lambda n: momenta.append(model._current_momentum()) or inputs(n)
+    model.learn(110)
+    # Ten updates of the target network copied what was random still, and every second one copies nothing new
+    assert momenta == pytest.approx([1 - 1 / (1 + k) for k in range(6)])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_entropies_are_stored_as_they_were_when_the_actions_were_taken(masked):
+    env = (MaskedEnv if masked else RecordedEnv)(spaces.MultiDiscrete([2, 3]))
+    model = make_model(SACDiscrete, env, entropy_penalty=0.5, learning_starts=20, train_freq=1, gradient_steps=0)
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter += 0.5 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0))
+    model.learn(60)
+    stored = model.replay_buffer.extras["entropies"][:60, 0]
+    history = env.history
+    for i, step in enumerate(history):
+        mask = np.ones(5, dtype=bool) if step["mask"] is None else step["mask"]
+        logits = model.q_net(th.as_tensor(step["obs"])[None])[2, 0] * (i >= 20)
+        heads = (logits[columns][mask[rows]] for columns, rows in (([0, 1], [0, 1]), ([3, 4, 5], [2, 3, 4])))
+        expected = [th.distributions.Categorical(logits=head).entropy().item() for head in heads]
+        np.testing.assert_allclose(stored[i], expected, atol=1e-6)
+    assert len(history) == 60
+
+
 # ---------------------------------------------------------------------- fixed points
 
 
@@ -294,7 +459,7 @@ def solve(algorithm, mdp, n_iterations=30, gradient_steps=20, learning_rate=None
             for parameter in network.parameters():
                 parameter *= 0.0 if algorithm is DPP else 1.0
     for k in range(n_iterations):
-        model._n_calls = k * model.target_update_interval
+        model._n_iterations = k  # which a training of a MomentumDQN counts
         model.train(gradient_steps=gradient_steps, batch_size=model.replay_buffer.size())
         model.q_net_target.load_state_dict(model.q_net.state_dict())
     states = env.observe(np.arange(N_STATES))

@@ -251,7 +251,12 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
     def _make_temperature(self) -> Temperature:
         sizes = self.layout.sizes
         return Temperature(
-            self.temperature, self.target_entropy, sizes, self.lr_schedule(1), learnable=self.learns_temperature
+            self.temperature,
+            self.target_entropy,
+            sizes,
+            self.lr_schedule(1),
+            learnable=self.learns_temperature,
+            name=self.temperature_name,
         )
 
     def _storage_options(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from torch.nn import functional as F
 
@@ -22,11 +21,6 @@ from sb3_softq.value_based.policies import (
 
 OPERATORS: dict[str, Operator] = {"boltzmann": operators.boltzmann_value, "logsumexp": operators.soft_value}
 PARAMETRISATIONS = ("preference", "q")
-SUM_POLICIES: dict[str, type[BasePolicy]] = {
-    "MlpPolicy": SumQPolicy,
-    "CnnPolicy": SumCnnQPolicy,
-    "MultiInputPolicy": SumMultiInputQPolicy,
-}
 
 
 class DPP(GapIncreasingAlgorithm):
@@ -44,9 +38,12 @@ class DPP(GapIncreasingAlgorithm):
     :param exploration: ``"eps_greedy"`` by default, the off-policy choice
     :param operator: the value of a state: ``"boltzmann"``, the average of P under its policy, or ``"logsumexp"``, the form
         that the recursion is derived with (DPP-L)
-    :param gap_clip: lower bound of the gap term ``P(s, a) - V(s)``, at most 0; ``-inf`` for none
-    :param preference_clip: bound of the absolute value of targets for P; ``inf`` for none
+    :param gap_clip: lower bound of the gap term ``P(s, a) - V(s)``, at most 0; ``-inf`` for none. With
+        ``parametrisation="q"`` and several heads of actions it bounds the gap of each head
+    :param preference_clip: bound of the absolute value of targets for P, or with ``parametrisation="q"`` for Q; ``inf`` for
+        none
     :param parametrisation: ``"preference"``, one network for P, or ``"q"``, two networks, ``P = Q + gap``
+    :raises ValueError: with ``parametrisation="q"``, for a policy class of one network
     """
 
     def __init__(
@@ -146,6 +143,11 @@ class DPP(GapIncreasingAlgorithm):
         for single, pair in ((QPolicy, SumQPolicy), (CnnQPolicy, SumCnnQPolicy), (MultiInputQPolicy, SumMultiInputQPolicy)):
             if self.policy_class is single and self.parametrisation == "q":
                 self.policy_class = pair
+        if self.parametrisation == "q" and not issubclass(self.policy_class, SumQPolicy):
+            raise ValueError(
+                f"parametrisation='q' needs a policy with a network for Q and one for the gap, not policy="
+                f"{self.policy_class.__name__}: derive it from SumQPolicy"
+            )
 
     @property
     def _operator(self) -> Operator:
@@ -159,7 +161,8 @@ class DPP(GapIncreasingAlgorithm):
     def _estimates(self, observations: PyTorchObs) -> tuple[th.Tensor, ...]:
         if self.parametrisation == "preference":
             return super()._estimates(observations)
-        return (self.layout.rows(self.q_net_target(observations).sum(dim=0)),)
+        q_values, gaps = self.layout.rows(self.q_net_target(observations))
+        return q_values + gaps, q_values
 
     def _compute_targets(self, replay_data: Any) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         # r + P(s, a) - V(s) + gamma * V(s'), or without the gap for Q (Azar et al. 2012, algorithm 1)
@@ -175,8 +178,8 @@ class DPP(GapIncreasingAlgorithm):
         # The gaps of all actions to come: P(s, .) - V(s) of the target network
         mask = self._mask_rows(replay_data)
         with th.no_grad():
-            (preferences,) = self._estimates(replay_data.observations)
-            target_gaps = (preferences - self._value((preferences,), mask)).clamp(min=self.gap_clip)
+            estimates = self._estimates(replay_data.observations)
+            target_gaps = (estimates[0] - self._value(estimates, mask)).clamp(min=self.gap_clip)
         errors = F.smooth_l1_loss(gaps, target_gaps, reduction="none")
         if mask is not None:
             errors = errors.masked_fill(~mask, 0.0)

@@ -28,8 +28,8 @@ class MomentumDQN(ValueBasedAlgorithm):
     :param temperature: of the policy ``softmax(H / temperature)``; 0 by default, the greedy policy of the paper
     :param exploration: ``"eps_greedy"`` by default, on H, as in the paper
     :param momentum: weight of the previous average, between 0 and 1; or ``"inverse_time_20"``: the new action values have
-        the weight ``1 / (1 + k / 20)`` after k updates of the target network, and for ``"inverse_time"`` ``1 / (1 + k)``, so
-        that all count alike
+        the weight ``1 / (1 + k / 20)`` after k iterations (updates of the target network after gradient steps), and for
+        ``"inverse_time"`` ``1 / (1 + k)``, so that all count alike
     :param averaged: what H averages: ``"q_values"``, the online network's action values, or ``"targets"``, their targets
     """
 
@@ -116,6 +116,9 @@ class MomentumDQN(ValueBasedAlgorithm):
         )
         self.momentum = momentum
         self.averaged = averaged
+        # Updates of the target network that had something to copy, and the gradient steps at the last of them
+        self._n_iterations = 0
+        self._n_updates_copied = 0
         if _init_setup_model:
             self._setup_model()
 
@@ -139,8 +142,13 @@ class MomentumDQN(ValueBasedAlgorithm):
                 f"momentum must be a number, 'inverse_time' or like 'inverse_time_20' with a positive number, not "
                 f"{self.momentum!r}"
             )
-        n_target_updates = self._n_calls // self._calls_per_target_update
-        return 1 - 1 / (1 + n_target_updates / horizon)
+        return 1 - 1 / (1 + self._n_iterations / horizon)
+
+    def _on_step(self) -> None:
+        super()._on_step()
+        if self._n_calls % self._calls_per_target_update == 0 and self._n_updates > self._n_updates_copied:
+            self._n_iterations += 1
+            self._n_updates_copied = self._n_updates
 
     def _inputs(self, n_samples: int) -> dict[str, th.Tensor]:
         return {"momentum": th.full((n_samples, 1), self._current_momentum(), device=self.device)}

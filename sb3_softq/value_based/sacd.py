@@ -29,8 +29,9 @@ class SACDiscrete(ValueBasedAlgorithm):
     :param target_entropy: entropy that a learned ``ent_coef`` aims at: nats, or ``"auto"`` / ``"auto_0.3"`` for a fraction of
         the log of the number of (valid) actions (``"auto"`` is 0.5: with the paper's 0.98 it diverges for two actions)
     :param target_update_interval: 1 by default, for the Polyak average
-    :param entropy_penalty: weight of the squared difference between the policy's entropy and that of the policy which took the
-        action, stored at collection (0.5 in arXiv:2209.10081); 0 for none
+    :param entropy_penalty: weight of the squared difference between the policy's entropy and its entropy when the action was
+        taken, stored at collection (0.5 in arXiv:2209.10081; of the uniform policy before ``learning_starts``, and without
+        the epsilon of an ``exploration`` that has one); 0 for none
     :param average_q: whether the critics' average counts, in targets and for the actor, instead of their minimum
     :param q_clip: by how much an action value may move away from the target network's before its loss stops falling
         (0.5 in arXiv:2209.10081); ``inf`` for no limit
@@ -169,8 +170,9 @@ class SACDiscrete(ValueBasedAlgorithm):
         assert self._last_obs is not None
         values, _ = self._act_on(self._last_obs, self.policy.acting_values)
         rows, mask = self._acting_rows(values, self._flat_masks())
-        if self.num_timesteps < self.learning_starts:
-            rows = rows * 0.0  # actions are drawn uniformly
+        # When the actions were drawn the steps of this call had not been counted
+        if self.num_timesteps - self.n_envs < self.learning_starts:
+            rows = rows * 0.0  # uniformly
         entropies = operators.entropy(rows, 1.0, mask).view(len(values), -1).cpu().numpy()
         return {**super()._pending(), "entropies": entropies}
 
@@ -225,5 +227,6 @@ class SACDiscrete(ValueBasedAlgorithm):
         if self.entropy_penalty > 0:
             entropies = operators.entropy(logits, 1.0, mask)
             behaviour = replay_data.extras["entropies"].to(entropies.dtype).reshape(-1, 1)
-            actor_loss = actor_loss + self.entropy_penalty * self._joint((behaviour - entropies) ** 2)
+            # The entropy of a joint policy is the sum of its heads'
+            actor_loss = actor_loss + self.entropy_penalty * self._joint(behaviour - entropies) ** 2
         return errors.sum(dim=0) + actor_loss, logits.detach()

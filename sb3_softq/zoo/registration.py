@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import WrapperSpec
 
 import sb3_softq
 from sb3_softq import ALGOS
@@ -134,5 +135,11 @@ def _register_identity_environments() -> None:
     """Environments that come with SB3 and sb3-contrib without a name, for a first try of what they are about."""
     if "IdentityMultiDiscrete-v0" not in gym.registry:
         gym.register("IdentityMultiDiscrete-v0", "stable_baselines3.common.envs:IdentityEnvMultiDiscrete", kwargs={"dim": 5})
-        masked = {"dim": 20, "n_invalid_actions": 10}
-        gym.register("InvalidActionDiscrete-v0", "sb3_contrib.common.envs:InvalidActionEnvDiscrete", kwargs=masked)
+        # Its episodes end by a time limit alone, and the zoo makes the VecEnv
+        wrapper = WrapperSpec("TerminalActionMasks", "sb3_softq.actions:TerminalActionMasks", kwargs={})
+        gym.register(
+            "InvalidActionDiscrete-v0",
+            "sb3_contrib.common.envs:InvalidActionEnvDiscrete",
+            kwargs={"dim": 20, "n_invalid_actions": 10},
+            additional_wrappers=(wrapper,),
+        )
