@@ -31,7 +31,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_softq import DPP, SQN, MomentumDQN, MunchausenDQN, MunchausenIQN, SoftDQN
+from sb3_softq import DPP, SQN, MirrorDescentDQN, MomentumDQN, MunchausenDQN, MunchausenIQN, SACDiscrete, SoftDQN
 from sb3_softq.actions import TerminalActionMasks
 from sb3_softq.replay import Samples
 
@@ -42,8 +42,21 @@ HEADS = spaces.MultiDiscrete([2, 5, 3])
 
 pytestmark = pytest.mark.usefixtures("float64")
 each_variant = pytest.mark.parametrize(("algorithm", "kwargs"), SCALAR_VARIANTS.values(), ids=SCALAR_VARIANTS)
-# DPP has no exact values: its preferences fall for ever
+# DPP has exact values only where its gaps are bounded: otherwise its preferences fall for ever
 CONTRACTIONS = {name: variant for name, variant in SCALAR_VARIANTS.items() if variant[0] is not DPP}
+for operator in ("boltzmann", "logsumexp"):
+    CONTRACTIONS[f"dpp-{operator}"] = (DPP, dict(operator=operator, gap_clip=-1.0))
+    CONTRACTIONS[f"dpp-{operator}-q"] = (DPP, dict(operator=operator, gap_clip=-1.0, parametrisation="q"))
+# Whether a class with the other form of its greedy step, of its critics or of its parametrisation has other targets
+FORMS = {
+    **SCALAR_VARIANTS,
+    "dpp-logsumexp": (DPP, dict(operator="logsumexp", gap_clip=-0.2)),
+    "dpp-q": (DPP, dict(parametrisation="q")),
+    "mddqn-dual": (MirrorDescentDQN, dict(greedy_step="dual_averaging")),
+    "mddqn-without": (MirrorDescentDQN, dict(regularised_evaluation=False)),
+    "sacd-average": (SACDiscrete, dict(average_q=True, ent_coef=0.1)),
+}
+each_form = pytest.mark.parametrize(("algorithm", "kwargs"), FORMS.values(), ids=FORMS)
 each_contraction = pytest.mark.parametrize(("algorithm", "kwargs"), CONTRACTIONS.values(), ids=CONTRACTIONS)
 
 
@@ -230,7 +243,7 @@ def targets_of(model, replay_data):
         return model._compute_targets(replay_data)[0].squeeze(1).numpy()
 
 
-@each_variant
+@each_form
 @pytest.mark.parametrize("tree_backup", [False, True], ids=["plain", "tree"])
 @pytest.mark.parametrize(("env_kwargs", "options", "steps"), CASES.values(), ids=CASES)
 def test_targets_are_those_of_a_slow_loop(algorithm, kwargs, env_kwargs, options, steps, tree_backup):
@@ -484,10 +497,16 @@ def exact_model(algorithm, n_steps, tree_backup, **kwargs):
     every = segments(states, actions[:, None])._replace(discounts=None, steps=None)
     every = every._replace(rewards=th.as_tensor(REWARDS.reshape(-1, 1)))
     table = np.zeros((N_STATES, N_ACTIONS))
+    model.policy.requires_grad_(False)
+    gaps = np.zeros_like(table)
     for _ in range(400):
         for parameter in model.policy.parameters():
-            parameter.requires_grad_(False)
             parameter.copy_(th.as_tensor(table.T) if parameter.ndim == 2 else th.zeros(N_ACTIONS))
+        if kwargs.get("parametrisation") == "q":  # the gaps have a network of their own
+            for network in (model.q_net.networks[1], model.q_net_target.networks[1]):
+                next(p for p in network.parameters() if p.ndim == 2).copy_(th.as_tensor(gaps.T))
+            preferences = th.as_tensor(table + gaps)
+            gaps = (preferences - model._operator(preferences, TEMPERATURE, None)).clamp(min=kwargs["gap_clip"]).numpy()
         previous, table = table, targets_of(model, every).reshape(N_STATES, N_ACTIONS)
     np.testing.assert_allclose(table, previous, atol=1e-13)
     return model, table
@@ -519,6 +538,36 @@ def test_returns_of_exact_values_are_exact_on_average_over_the_policy(algorithm,
         averages[state, action] += weight * target
     np.testing.assert_allclose(averages, table, **ROUNDING)
     assert np.abs(targets - table[sequences[:, 0], sequences[:, 1]]).max() > 0.05
+
+
+# ---------------------------------------------------------------------- quantiles
+
+
+@pytest.mark.parametrize(("env_kwargs", "options", "steps"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_quantiles_that_are_constant_have_the_targets_of_munchausen_dqn(env_kwargs, options, steps, n_steps):
+    env = make_env(**env_kwargs)
+    options = {**options, "n_steps": n_steps}
+    iqn = make(MunchausenIQN, env, steps=steps, n_target_quantiles=3, n_policy_quantiles=2, n_quantiles=4, **options)
+    dqn = make(MunchausenDQN, env, **options)
+    with th.no_grad():
+        for ours, theirs in ((iqn.q_net, dqn.q_net), (iqn.q_net_target, dqn.q_net_target)):
+            ours.embedding[0].weight.zero_()
+            ours.embedding[0].bias.fill_(1.0)  # every quantile is trunk and head alone
+            theirs.q_net[0].load_state_dict(ours.trunk[0].state_dict())
+            theirs.q_net[2].load_state_dict(ours.head[0].state_dict())
+        replay_data = iqn._sample(40)
+        assert (replay_data.steps is None) == (n_steps == 1)
+        quantiles, expected = (model._compute_targets(replay_data)[0] for model in (iqn, dqn))
+        th.testing.assert_close(quantiles, expected.expand(-1, 3), **ROUNDING)
+        # The loss sees each sample's own action, of each head or of all together
+        losses, values = iqn._compute_loss(replay_data, quantiles)
+        taken = dqn._taken(dqn.layout.rows(dqn.q_net(replay_data.observations)), replay_data.actions)
+        huber = th.nn.functional.huber_loss(taken, expected, reduction="none")
+        fractions = iqn._per_target(replay_data.extras["fractions"])
+        weights = (fractions - (expected < taken).double()).abs().sum(1, keepdim=True)
+        th.testing.assert_close(losses, weights * huber, rtol=1e-6, atol=1e-7)  # the fractions are in float32
+        th.testing.assert_close(values, dqn.layout.rows(dqn.q_net(replay_data.observations)), **ROUNDING)
 
 
 # ---------------------------------------------------------------------- compiled
