@@ -25,7 +25,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_softq import CVI, DivergenceError, MirrorDescentDQN, SACDiscrete
+from sb3_softq import CVI, DPP, DivergenceError, MirrorDescentDQN, SACDiscrete
+from sb3_softq.value_based.policies import QPolicy
 
 NAN, INF = math.nan, math.inf
 NOT_LEARNED = "temperature='auto_?.*' cannot be learned .*pass a number, a callable or a schedule"
@@ -167,6 +168,12 @@ def test_what_excludes_each_other():
         make_model(MirrorDescentDQN, ent_coef=0, greedy_step="dual_averaging")
     with pytest.raises(ValueError, match=r"ent_coef must be a number, 'auto' or like 'auto_0.1', not 'lin_0.1'"):
         make_model(SACDiscrete, ent_coef="lin_0.1")
+    with pytest.raises(ValueError, match=r"ent_coef must be written like 'auto_0.1', not 'auto_x'"):
+        make_model(SACDiscrete, ent_coef="auto_x")
+    with pytest.raises(ValueError, match=r"ent_coef must be positive, not 0"):
+        make_model(SACDiscrete, ent_coef="auto_0")
+    with pytest.raises(ValueError, match=r"parametrisation='q' needs .* not policy=OnePolicy: derive it from SumQPolicy"):
+        make_model(DPP, policy=type("OnePolicy", (QPolicy,), {}), parametrisation="q")
     with pytest.raises(ValueError, match=r"target_entropy must be at most log\(2\)"):
         make_model(SACDiscrete, target_entropy=0.8)
 

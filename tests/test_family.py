@@ -445,8 +445,8 @@ def test_entropies_are_stored_as_they_were_when_the_actions_were_taken(masked):
 # ---------------------------------------------------------------------- fixed points
 
 
-def solve(algorithm, mdp, n_iterations=30, gradient_steps=20, learning_rate=None, **kwargs):
-    """As in test_fixed_points; DPP, which never forgets, starts at zero. With a learning rate, by Adam."""
+def train_on(algorithm, mdp, n_iterations=30, gradient_steps=20, learning_rate=None, **kwargs):
+    """A trained model and its states, as in test_fixed_points; DPP, which never forgets, starts at zero. By Adam at a rate."""
     env = MDPEnv(mdp)
     kwargs |= dict(exploration="eps_greedy", replay_buffer_class=WholeBuffer)
     if learning_rate is None:
@@ -462,7 +462,12 @@ def solve(algorithm, mdp, n_iterations=30, gradient_steps=20, learning_rate=None
         model._n_iterations = k  # which a training of a MomentumDQN counts
         model.train(gradient_steps=gradient_steps, batch_size=model.replay_buffer.size())
         model.q_net_target.load_state_dict(model.q_net.state_dict())
-    states = env.observe(np.arange(N_STATES))
+    return model, env.observe(np.arange(N_STATES))
+
+
+def solve(*args, **kwargs):
+    """The action values, policies and values of all states, see :func:`train_on`."""
+    model, states = train_on(*args, **kwargs)
     return model.q_values(states), model.action_probs(states), model.soft_value(states)
 
 
@@ -512,6 +517,21 @@ def test_both_cures_of_dpp_bound_what_grows():
     assert np.abs(preferences).max() < bound + 5
     clear = clear_states(optimal)
     np.testing.assert_allclose(policy[clear], optimal.policy[clear], atol=0.01)
+
+
+def test_bounded_targets_and_q_of_its_own_stay_of_the_size_of_the_values():
+    mdp = MDPS["deterministic"]
+    optimal = value_iteration(mdp)
+    largest = np.abs(optimal.q_values).max()
+    clear = clear_states(optimal)
+    model, states = train_on(DPP, mdp, n_iterations=60, temperature=T, preference_clip=largest + 1)
+    assert np.abs(model.q_values(states)).max() < largest + 1.1
+    np.testing.assert_allclose(model.action_probs(states)[clear], optimal.policy[clear], atol=0.01)
+    # P drifts as it does without a cure, and Q does not
+    model, states = train_on(DPP, mdp, n_iterations=60, learning_rate=0.05, temperature=T, parametrisation="q")
+    assert np.abs(model.q_values(states)).max() > 5 * largest
+    assert model.q_net(th.as_tensor(states))[0].abs().max() < 1.2 * largest
+    np.testing.assert_allclose(model.action_probs(states)[clear], optimal.policy[clear], atol=0.01)
 
 
 def test_momentum_dqn_solves_value_iteration(mdp):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import yaml
 from helpers import VALUE_BASED
@@ -40,6 +41,8 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 MINATAR_GAMES = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
+# With MultiDiscrete actions, and with masks that exclude half of the actions
+IDENTITY_ENVIRONMENTS = ["IdentityMultiDiscrete-v0", "InvalidActionDiscrete-v0"]
 # What the zoo's settings files hold beside arguments of the constructor
 ZOO_KEYS = {"n_timesteps", "n_envs", "env_wrapper", "vec_env_wrapper", "frame_stack", "normalize", "callback", "env_kwargs"}
 
@@ -153,6 +156,26 @@ def test_train_in_subprocesses(algo: str, env: str, tmp_path: Path) -> None:
     name = env.replace("/", "-")
     model = load(algo, tmp_path / "logs" / algo / f"{name}_1" / f"{name}.zip")
     assert model.n_envs == 2 and model._n_updates > 0
+
+
+@pytest.mark.parametrize("algo, env", list(zip(["miqn", "cvi"], IDENTITY_ENVIRONMENTS, strict=True)))
+def test_train_with_several_heads_and_with_masks(algo: str, env: str, tmp_path: Path) -> None:
+    # An action that its mask excludes is an error of the environment, in the evaluations too
+    train(algo, "--eval-freq", "50", "--eval-episodes", "2", env=env, folder=tmp_path)
+    evaluations = np.load(tmp_path / "logs" / algo / f"{env}_1" / "evaluations.npz")
+    assert evaluations["results"].shape == (3, 2)
+    assert load(algo, tmp_path / "logs" / algo / f"{env}_1" / f"{env}.zip")._n_updates > 0
+
+
+def test_masked_environment_tells_its_last_mask() -> None:
+    env = gym.make("InvalidActionDiscrete-v0")
+    env.reset(seed=0)
+    truncated = False
+    while not truncated:
+        masks = np.array(env.get_wrapper_attr("action_masks")())
+        *_, truncated, info = env.step(masks.argmax())
+    last = env.get_wrapper_attr("action_masks")()
+    assert list(info["terminal_action_masks"]) == list(last) != list(masks)
 
 
 def test_optimize_in_memory(tmp_path: Path) -> None:
@@ -349,7 +372,7 @@ def test_environment_without_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("algo", VALUE_BASED)
 def test_settings_name_arguments_of_the_constructor(algo: str) -> None:
     environments = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3", "atari"]
-    environments += [f"MinAtar/{game}-v1" for game in MINATAR_GAMES]
+    environments += [f"MinAtar/{game}-v1" for game in MINATAR_GAMES] + IDENTITY_ENVIRONMENTS
     sections = yaml.safe_load(default_config(algo).read_text())
     assert sections.keys() >= set(environments)
     arguments = inspect.signature(ALGOS[algo]).parameters.keys()
@@ -359,7 +382,10 @@ def test_settings_name_arguments_of_the_constructor(algo: str) -> None:
 
 
 @pytest.mark.parametrize("algo", VALUE_BASED)
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3", "MinAtar/Seaquest-v1"])
+@pytest.mark.parametrize(
+    "env_id",
+    ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3", "MinAtar/Seaquest-v1", *IDENTITY_ENVIRONMENTS],
+)
 def test_settings_build_a_model(algo: str, env_id: str, tmp_path: Path) -> None:
     pytest.importorskip({"LunarLander-v3": "Box2D", "MinAtar/Seaquest-v1": "minatar"}.get(env_id, "gymnasium"))
     model, settings = make_manager(algo, env_id, tmp_path, eval_freq=-1).setup_experiment()  # type: ignore[misc]
