@@ -1,7 +1,7 @@
 """
 What becomes of DPP's preferences on a long task, and what each of the cures does.
 
-A corridor without an end: the reward is 1 for each step at its right end, so that values go up to 100. Four agents that
+A corridor without an end: the reward is 1 for each step at its right end, so that values go up to 100. Five agents that
 differ in nothing but the cure train on it; the table shows how far their preferences have gone, and what they earn.
 
     python benchmarks/dpp_drift.py
@@ -68,8 +68,8 @@ def main() -> None:
         f"Corridor of {LENGTH} places, discount 0.99, {N_STEPS:,} steps, {N_STEPS // INTERVAL} iterations; the best policy "
         f"earns {best:.1f}.",
         "",
-        "| cure | largest abs(P), a third of the way | two thirds | at the end | return of the greedy policy |",
-        "|---|---|---|---|---|",
+        "| cure | largest abs(P), a third of the way | two thirds | at the end | largest abs(Q) | return of the greedy policy |",
+        "|---|---|---|---|---|---|",
     ]
     for name, kwargs in CURES.items():
         model = DPP(
@@ -91,7 +91,9 @@ def main() -> None:
         for _ in range(3):
             model.learn(N_STEPS // 3, reset_num_timesteps=False)
             sizes.append(float(np.abs(preferences(model)).max()))
-        lines.append(f"| {name} | {' | '.join(f'{size:.0f}' for size in sizes)} | {earned(model):.1f} |")
+        with th.no_grad():  # of two networks the first
+            largest_q = f"{model.q_net(th.arange(LENGTH))[0].abs().max():.0f}" if model.parametrisation == "q" else ""
+        lines.append(f"| {name} | {' | '.join(f'{size:.0f}' for size in sizes)} | {largest_q} | {earned(model):.1f} |")
         print(lines[-1], flush=True)
     path = Path(__file__).parent.parent / "docs" / "_shared" / "dpp_drift.md"
     path.write_text("\n".join(lines) + "\n")
