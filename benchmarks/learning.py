@@ -126,7 +126,7 @@ def use_fast_quantile_loss() -> None:
     def loss(quantiles: Any, target_quantiles: Any, sum_over_quantiles: bool = True) -> Any:
         return quantile_huber_loss(quantiles, target_quantiles).mean()
 
-    qrdqn.quantile_huber_loss = loss
+    qrdqn.quantile_huber_loss = loss  # type: ignore[assignment]
 
 
 def run_one(algo: str, env_id: str, seed: int, n_timesteps: int, compiled: bool = False) -> dict[str, Any]:

@@ -535,22 +535,22 @@ class ValueBasedAlgorithm(RegularisedAlgorithm):
         check_valid(next_masks, self.layout, "environment", lambda i: infos[i].get("terminal_observation"))
         return next_masks
 
-    @property
-    def _calls_per_target_update(self) -> int:
-        return max(self.target_update_interval // self.n_envs, 1)
-
     def _on_step(self) -> None:
         """Update the target network and the schedules; called after each step in the environments."""
         self._n_calls += 1
         # Each call to step() corresponds to n_envs transitions
-        if self._n_calls % self._calls_per_target_update == 0:
-            self._get_updater().update_target(self.tau)
-            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
+            self._update_target()
         if not self.temperature_module.constant:
             self.temperature_module.update(self._current_progress_remaining)
         self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
         if self.exploration != "boltzmann":
             self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    def _update_target(self) -> None:
+        """Move the target network towards the online one, which begins the next iteration."""
+        self._get_updater().update_target(self.tau)
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
     # ------------------------------------------------------------------ learning
 

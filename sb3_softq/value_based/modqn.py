@@ -144,9 +144,9 @@ class MomentumDQN(ValueBasedAlgorithm):
             )
         return 1 - 1 / (1 + self._n_iterations / horizon)
 
-    def _on_step(self) -> None:
-        super()._on_step()
-        if self._n_calls % self._calls_per_target_update == 0 and self._n_updates > self._n_updates_copied:
+    def _update_target(self) -> None:
+        super()._update_target()
+        if self._n_updates > self._n_updates_copied:
             self._n_iterations += 1
             self._n_updates_copied = self._n_updates
 
