@@ -68,7 +68,7 @@ def main() -> None:
         f"Corridor of {LENGTH} places, discount 0.99, {N_STEPS:,} steps, {N_STEPS // INTERVAL} iterations; the best policy "
         f"earns {best:.1f}.",
         "",
-        "| cure | largest abs(P), a third of the way | two thirds | at the end | largest abs(Q) | return of the greedy policy |",
+        "| cure | largest abs(P), a third of the way | two thirds | at the end | largest abs(Q) | greedy return |",
         "|---|---|---|---|---|---|",
     ]
     for name, kwargs in CURES.items():
