@@ -16,6 +16,7 @@ from gymnasium import spaces
 from helpers import (
     SCALAR_VARIANTS,
     VALUE_BASED,
+    VARIANTS,
     VECTOR,
     Float64Extractor,
     RecordedEnv,
@@ -45,6 +46,8 @@ SPACES = {"heads": HEADS, "bits": spaces.MultiBinary(3), "with one action": spac
 UNUSED = th.tensor([[False] * 2 + [True] * 3, [False] * 5, [False] * 3 + [True] * 2]).view(-1)  # of HEADS
 
 pytestmark = pytest.mark.usefixtures("float64")
+# Also those with quantiles, whose targets are several numbers for each sample
+each_of_all = pytest.mark.parametrize(("algorithm", "kwargs"), VARIANTS.values(), ids=VARIANTS)
 each_variant = pytest.mark.parametrize(("algorithm", "kwargs"), SCALAR_VARIANTS.values(), ids=SCALAR_VARIANTS)
 each_factorisation = pytest.mark.parametrize("factorisation", ["sum", "independent"])
 each_space = pytest.mark.parametrize("action_space", SPACES.values(), ids=SPACES)
@@ -84,7 +87,7 @@ def targets_and_losses(model, replay_data):
 # ---------------------------------------------------------------------- one head is a Discrete space
 
 
-@each_variant
+@each_of_all
 @each_factorisation
 @pytest.mark.parametrize("exploration", ["boltzmann", "boltzmann_eps"])
 def test_one_head_is_a_discrete_space(algorithm, kwargs, factorisation, exploration):
@@ -113,7 +116,7 @@ def test_one_head_answers_as_a_discrete_space(algorithm, factorisation):
     assert ours.shape == (6, 1) and theirs.shape == (6,) and ours[:, 0].tolist() == theirs.tolist()
 
 
-@each_variant
+@each_of_all
 @each_factorisation
 def test_bits_are_heads_of_two(algorithm, kwargs, factorisation):
     learned = []

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from helpers import (
     SCALAR_VARIANTS,
     VALUE_BASED,
+    VARIANTS,
     VECTOR,
     MaskedEnv,
     RecordedEnv,
@@ -247,7 +248,7 @@ def targets(model, replay_data):
         return model._compute_targets(replay_data)[0]
 
 
-@each_variant
+@pytest.mark.parametrize(("algorithm", "kwargs"), VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("factorisation", ["sum", "independent"])
 def test_invalid_values_change_nothing(algorithm, kwargs, factorisation):
     # Of a state whose mask leaves action 0 alone, no value of another action enters anything
