@@ -440,3 +440,12 @@ def test_learning_stops_when_it_diverges(algorithm):
     assert f"update {model._n_updates + 1}, at step {model.num_timesteps}," in str(error.value)
     assert model._n_updates > 0
     assert all(bool(th.isfinite(tensor).all()) for tensor in model.policy.state_dict().values())
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [("q", "preference"), ("preference", "q")])
+def test_dpp_saved_in_the_other_parametrisation(saved, wanted, tmp_path):
+    # Its networks are others, which the weights do not fit
+    make_model(DPP, parametrisation=saved).save(tmp_path / "dpp")
+    DPP.load(tmp_path / "dpp", device="cpu")
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
+        DPP.load(tmp_path / "dpp", device="cpu", parametrisation=wanted)

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from torch.nn import functional as F
 
@@ -21,6 +22,12 @@ from sb3_softq.value_based.policies import (
 
 OPERATORS: dict[str, Operator] = {"boltzmann": operators.boltzmann_value, "logsumexp": operators.soft_value}
 PARAMETRISATIONS = ("preference", "q")
+# Policies of one network, and those of two
+PAIRS: dict[type[BasePolicy], type[BasePolicy]] = {
+    QPolicy: SumQPolicy,
+    CnnQPolicy: SumCnnQPolicy,
+    MultiInputQPolicy: SumMultiInputQPolicy,
+}
 
 
 class DPP(GapIncreasingAlgorithm):
@@ -140,9 +147,8 @@ class DPP(GapIncreasingAlgorithm):
         check_number("preference_clip", self.preference_clip, positive=True, finite=False)
         check_choice("parametrisation", self.parametrisation, PARAMETRISATIONS)
         # Which networks there are depends on the parametrisation
-        for single, pair in ((QPolicy, SumQPolicy), (CnnQPolicy, SumCnnQPolicy), (MultiInputQPolicy, SumMultiInputQPolicy)):
-            if self.policy_class is single and self.parametrisation == "q":
-                self.policy_class = pair
+        right = PAIRS if self.parametrisation == "q" else {pair: single for single, pair in PAIRS.items()}
+        self.policy_class = right.get(self.policy_class, self.policy_class)  # type: ignore[assignment]
         if self.parametrisation == "q" and not issubclass(self.policy_class, SumQPolicy):
             raise ValueError(
                 f"parametrisation='q' needs a policy with a network for Q and one for the gap, not policy="
