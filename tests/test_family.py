@@ -382,7 +382,8 @@ class TestIdentities:
         bonus = (T * th.log_softmax(q_values / T, 1)).gather(1, replay_data.actions).clamp(min=-1.0)
         expected = replay_data.rewards + alpha * bonus + GAMMA_OF_IDENTITIES * (1 - replay_data.dones) * next_values
         assert_same(targets(model, replay_data), expected, **ROUNDING)
-        # Fresh fractions for each sample and each draw
+        # Fresh fractions for each sample and each draw, those of the policy one of each quarter
+        assert ((policy_fractions * 4).floor() == th.arange(4)).all()
         assert policy_fractions.unique().numel() == policy_fractions.numel()
         assert not th.equal(policy_fractions, model._extend(replay_data).extras["policy_fractions"])
 

@@ -35,7 +35,8 @@ class MunchausenIQN(GapIncreasingAlgorithm):
     :param munchausen_clip: lower bound of the scaled log-policy before it is weighted, at most 0; ``-inf`` for none
     :param n_quantiles: number of quantiles that are learned for each sample
     :param n_target_quantiles: number of quantiles of a target
-    :param n_policy_quantiles: number of quantiles whose mean is the action value of the policy
+    :param n_policy_quantiles: number of quantiles whose mean is the action value of the policy, one of each of as many equal
+        intervals
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -141,11 +142,13 @@ class MunchausenIQN(GapIncreasingAlgorithm):
         return [*super()._excluded_save_params(), "tree_backup"]
 
     def _inputs(self, n_samples: int) -> dict[str, th.Tensor]:
-        # Fresh fractions for each sample
+        # Fresh fractions for each sample. Those of the policy are one of each of equal intervals: as uniform as any, and their
+        # mean has less noise, which the temperature would amplify
+        strata = th.arange(self.n_policy_quantiles, device=self.device)
         return {
             "fractions": th.rand(n_samples, self.n_quantiles, device=self.device),
             "target_fractions": th.rand(n_samples, self.n_target_quantiles, device=self.device),
-            "policy_fractions": th.rand(n_samples, self.n_policy_quantiles, device=self.device),
+            "policy_fractions": (strata + th.rand(n_samples, len(strata), device=self.device)) / len(strata),
         }
 
     def _compute_targets(self, replay_data: Any) -> tuple[th.Tensor, dict[str, th.Tensor]]:
