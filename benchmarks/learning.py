@@ -290,11 +290,12 @@ def plot_curves(name: str) -> None:
 
     suite = SUITES[name]
     crowded = len(suite["algos"]) > 6
-    n_columns = 2 if crowded else len(suite["envs"])
-    shape = (-(-len(suite["envs"]) // n_columns), n_columns)
+    envs = {env_id: n for env_id, n in suite["envs"].items() if any(runs_of(algo, env_id, n) for algo in suite["algos"])}
+    n_columns = 2 if crowded else len(envs)
+    shape = (-(-len(envs) // n_columns), n_columns)
     size = (6.5, 4.2) if crowded else (4.2, 3.4)
     figure, all_axes = plt.subplots(*shape, figsize=(size[0] * shape[1], size[1] * shape[0]), squeeze=False)
-    for axes, (env_id, n_timesteps) in zip(all_axes.flat, suite["envs"].items(), strict=False):
+    for axes, (env_id, n_timesteps) in zip(all_axes.flat, envs.items(), strict=False):
         for i, algo in enumerate(suite["algos"]):
             runs = runs_of(algo, env_id, n_timesteps)
             if not runs:
