@@ -273,14 +273,18 @@ def report(name: str) -> None:
 
 
 def recorded_runs(suite: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Algorithm and environment -> its runs, in the order of the suite, without those that have none."""
+    """Algorithm and environment -> its runs with the settings of now, in the order of the suite, if there are any."""
     rows = read_rows(RESULTS)
-    runs = {
-        (algo, env_id): [row for row in rows if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps)]
-        for env_id, n_timesteps in suite["envs"].items()
-        for algo in suite["algos"]
-    }
-    return {key: found for key, found in runs.items() if found}
+    runs = {}
+    for env_id, n_timesteps in suite["envs"].items():
+        for algo in suite["algos"]:
+            found = [row for row in rows if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps)]
+            if found:
+                settings = settings_of(algo, env_id)
+                found = [row for row in found if row["settings"] == settings]
+            if found:
+                runs[algo, env_id] = found
+    return runs
 
 
 def plot_curves(name: str, recorded: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
