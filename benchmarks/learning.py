@@ -11,6 +11,7 @@ and a final evaluation. Runs that are already there, with the same settings, are
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import io
 import json
 import subprocess
@@ -193,12 +194,18 @@ def run_one(algo: str, env_id: str, seed: int, n_timesteps: int, compiled: bool 
     return row
 
 
+@functools.cache
 def settings_of(algo: str, env_id: str) -> dict[str, str]:
-    """What the YAML files say now: a row with other settings is out of date."""
+    """What the YAML files say now."""
     with tempfile.TemporaryDirectory() as log_folder:
         _, model, settings = build(algo, env_id, 0, 1, log_folder)
         model.env.close()
     return {key: str(value) for key, value in sorted(settings.items())}
+
+
+def is_current(row: dict[str, Any]) -> bool:
+    """Whether a run was made with the settings of now."""
+    return row["settings"] == settings_of(row["algo"], row["env"])
 
 
 def run_suite(name: str, jobs: int, algos: list[str], envs: list[str], seeds: int, compiled: bool) -> None:
@@ -206,11 +213,8 @@ def run_suite(name: str, jobs: int, algos: list[str], envs: list[str], seeds: in
     tasks = []
     for env_id in envs or suite["envs"]:
         for algo in algos or suite["algos"]:
-            settings = settings_of(algo, env_id)
             # Rows of older settings make room for the new ones
-            rows = [
-                row for row in read_rows(RESULTS) if (row["algo"], row["env"]) != (algo, env_id) or row["settings"] == settings
-            ]
+            rows = [row for row in read_rows(RESULTS) if (row["algo"], row["env"]) != (algo, env_id) or is_current(row)]
             write_rows(RESULTS, rows)
             done = {row["seed"] for row in rows if (row["algo"], row["env"]) == (algo, env_id)}
             missing = set(range(seeds or suite["seeds"])) - done
@@ -275,16 +279,16 @@ def report(name: str) -> None:
 def recorded_runs(suite: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Algorithm and environment -> its runs with the settings of now, in the order of the suite, if there are any."""
     rows = read_rows(RESULTS)
-    runs = {}
-    for env_id, n_timesteps in suite["envs"].items():
-        for algo in suite["algos"]:
-            found = [row for row in rows if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps)]
-            if found:
-                settings = settings_of(algo, env_id)
-                found = [row for row in found if row["settings"] == settings]
-            if found:
-                runs[algo, env_id] = found
-    return runs
+    runs = {
+        (algo, env_id): [
+            row
+            for row in rows
+            if (row["algo"], row["env"], row["n_timesteps"]) == (algo, env_id, n_timesteps) and is_current(row)
+        ]
+        for env_id, n_timesteps in suite["envs"].items()
+        for algo in suite["algos"]
+    }
+    return {key: found for key, found in runs.items() if found}
 
 
 def plot_curves(name: str, recorded: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
